@@ -1,0 +1,37 @@
+"""Aliases that recur in signatures, with the text that explains them.
+
+learning_rate
+    A float, a scalar array (traced or not), or a schedule: a function from the
+    number of finished updates (0 before the first) to a scalar. Steps are taken
+    against the update, so it is positive.
+axes (`Axes`)
+    How each parameter is a batch of matrices or vectors, for statistics that belong
+    to one matrix. One `MatrixAxes` for every parameter, a pytree of them (a prefix
+    of the parameters' tree is enough; entries at masked leaves are ignored), a
+    function from the parameters to such a pytree, or None, which infers them from
+    names and shapes with `optaxplus.partition.DEFAULT_RULES`.
+mask (`Mask`)
+    A pytree of bools, a prefix of the parameters' tree, or a function from the
+    parameters to one, as in `optax.masked`. True where the step applies.
+mu_dtype, nu_dtype (`DTypeName`)
+    The floating-point dtype in which first and second moments are stored; the
+    arithmetic is float32 whatever it is. "float32", the default whatever the
+    parameters' dtype, stands for the width of the arithmetic: float64 for float64
+    parameters, complex64 for complex64 ones.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import optax
+
+from optaxplus.numerics.matrix_axes import MatrixAxes
+
+__all__ = ["Axes", "DTypeName", "Mask", "PyTree", "ScalarOrSchedule"]
+
+PyTree = Any
+Axes = MatrixAxes | PyTree | Callable[[PyTree], PyTree] | None
+Mask = PyTree | Callable[[PyTree], PyTree] | None
+DTypeName = str | type | np.dtype
+ScalarOrSchedule = optax.ScalarOrSchedule

@@ -1,0 +1,38 @@
+"""Hyper-parameters that arrive as arrays, made safe to compute with.
+
+`optax.inject_hyperparams` turns every number into an array and, unless it is given
+`hyperparam_dtype`, rounds it to the dtype of the parameters. In bfloat16 a decay rate
+of 0.999 becomes 1, an average that never moves and whose bias correction divides by 0;
+in float16 an eps of 1e-8 becomes 0. Python numbers are returned as they are.
+"""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+__all__ = ["as_decay_rate", "as_epsilon"]
+
+# The largest float32 below 1, and the smallest normal one.
+_LARGEST_DECAY = 1.0 - 2.0**-24
+_SMALLEST_EPSILON = 2.0**-126
+
+
+def _as_wide_array(value: ArrayLike):
+    array = jnp.asarray(value)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def as_decay_rate(decay: ArrayLike) -> ArrayLike:
+    """A decay rate just below 1 where rounding made it 1.
+
+    The bias-corrected average is then the plain mean of all gradients.
+    """
+    if isinstance(decay, int | float):
+        return decay
+    return jnp.minimum(_as_wide_array(decay), _LARGEST_DECAY)
+
+
+def as_epsilon(eps: ArrayLike) -> ArrayLike:
+    """An eps just above 0 where rounding made it 0, so that 0 / eps is 0."""
+    if isinstance(eps, int | float):
+        return eps
+    return jnp.maximum(_as_wide_array(eps), _SMALLEST_EPSILON)

@@ -1,0 +1,62 @@
+"""Squared magnitudes, means and norms of real and complex arrays."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optaxplus.numerics.matrix_axes import MatrixAxes, reduce_blocks
+
+__all__ = ["abs_square", "block_norm", "block_rms", "scaled_square"]
+
+
+def abs_square(x: jax.Array) -> jax.Array:
+    """|x|², elementwise and real."""
+    return scaled_square(1.0, x)
+
+
+def scaled_square(scale: ArrayLike, x: jax.Array) -> jax.Array:
+    """scale·|x|², elementwise and real.
+
+    Associated as (scale·x)·x on purpose: where x² occurs elsewhere in the program, in
+    a gradient norm for instance, XLA would share it and store a temporary of the size
+    of the parameter.
+    """
+    scaled = x if isinstance(scale, float) and scale == 1.0 else scale * x
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return scaled.real * x.real + scaled.imag * x.imag
+    return scaled * x
+
+
+def block_norm(x: jax.Array, axes: MatrixAxes) -> jax.Array:
+    """Frobenius norm of each matrix or vector of `x`.
+
+    Args:
+      x: Real or complex, in the dtype in which to compute.
+      axes: The matrix axes of `x`; a scalar is its own block.
+
+    Returns:
+      Real array that broadcasts against `x`, see `reduce_blocks`. 0 for an empty block.
+    """
+    return jnp.sqrt(
+        reduce_blocks(
+            lambda block, over: jnp.sum(abs_square(block), axis=over, keepdims=True),
+            x,
+            axes,
+        )
+    )
+
+
+def block_rms(x: jax.Array, axes: MatrixAxes) -> jax.Array:
+    """Root mean square of each matrix or vector of `x`.
+
+    Arguments and result as in `block_norm`.
+    """
+
+    def mean_square(block: jax.Array, over: tuple[int, ...]) -> jax.Array:
+        size = math.prod(block.shape[axis] for axis in over)
+        total = jnp.sum(abs_square(block), axis=over, keepdims=True)
+        return total / max(size, 1)
+
+    return jnp.sqrt(reduce_blocks(mean_square, x, axes))

@@ -1,0 +1,1 @@
+"""Named optimizers: chains only, each readable beside its paper's algorithm."""

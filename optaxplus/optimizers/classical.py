@@ -1,0 +1,73 @@
+"""Stochastic gradient descent with and without momentum."""
+
+import optax
+from jax.typing import ArrayLike
+
+from optaxplus import validation
+from optaxplus.custom_types import DTypeName, ScalarOrSchedule
+from optaxplus.transforms.chaining import chain_in_float32
+from optaxplus.transforms.momentum import scale_by_momentum
+
+__all__ = ["sgd"]
+
+
+def sgd(
+    learning_rate: ScalarOrSchedule,
+    *,
+    momentum: ArrayLike = 0.0,
+    nesterov: bool = False,
+    dampening: ArrayLike = 0.0,
+    weight_decay: ArrayLike = 0.0,
+    mu_dtype: DTypeName = "float32",
+) -> optax.GradientTransformationExtraArgs:
+    """Stochastic gradient descent, equal to `torch.optim.SGD`.
+
+    Weight decay is the L2 kind: it is added to the gradient and passes through the
+    momentum. State: 4 bytes per parameter with momentum, none without.
+
+    Args:
+      learning_rate: See `optaxplus.custom_types`.
+      momentum: Heavy-ball coefficient, in [0, 1). A constant gradient makes steps
+        1 / (1 - momentum) times as long. 0 leaves the momentum, and with it the
+        dampening, out.
+      nesterov: Whether to use Nesterov's step; needs momentum > 0, no dampening.
+        Static.
+      dampening: Reduces the weight of the gradient in the momentum from the second
+        step on, to 1 - dampening.
+      weight_decay: Coefficient of the parameters added to the gradient. >= 0. Other
+        than 0 it makes `update` need params.
+      mu_dtype: Dtype of the momentum, see `optaxplus.custom_types`. Static.
+
+    Returns:
+      A transformation whose update has the dtype of the gradient.
+
+    Raises:
+      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      ValueError: If an argument is out of range, or Nesterov does not fit the others.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> tx = ox.sgd(0.1, momentum=0.9)
+      >>> params = jnp.array([1.0, -2.0])
+      >>> updates, state = tx.update(2 * params, tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates))
+      [ 0.8 -1.6]
+
+    References:
+      Robbins and Monro (1951); Polyak (1964); Sutskever et al. (2013).
+    """
+    validation.check_learning_rate("sgd", learning_rate)
+    validation.check_non_negative("sgd", weight_decay=weight_decay)
+    heavy_ball = scale_by_momentum(
+        momentum, nesterov=nesterov, dampening=dampening, mu_dtype=mu_dtype
+    )
+    links = [
+        optax.add_decayed_weights(weight_decay),
+        heavy_ball,
+        optax.scale_by_learning_rate(learning_rate),
+    ]
+    if isinstance(momentum, int | float) and momentum == 0:
+        links[1] = optax.identity()
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        links[0] = optax.identity()
+    return chain_in_float32(*links)

@@ -1,0 +1,1 @@
+"""Gradient transformations: how a gradient becomes an update."""

@@ -1,0 +1,178 @@
+"""Second moments from row and column statistics.
+
+For a matrix gradient G of shape (fan_in, fan_out), with β_t = 1 - t^(-γ):
+
+    R_t = β_t·R_{t-1} + (1 - β_t)·mean over fan_out of (G² + ε₁)       one a row
+    C_t = β_t·C_{t-1} + (1 - β_t)·mean over fan_in  of (G² + ε₁)       one a column
+    V̂_t = R_t·C_t / mean(R_t),     U = G / sqrt(V̂_t)
+
+Vectors, and matrices with a side shorter than a threshold, keep all of V. β_1 = 0, so
+no bias correction is needed.
+
+Letters to arguments: γ is `decay_rate`, ε₁ is `eps`; R, C, V are the state's `nu_row`,
+`nu_col`, `nu`.
+
+Source: Shazeer and Stern, Adafactor, arXiv 1804.04235, Algorithm 4, written with means
+instead of sums, which leaves V̂ the same. Differs from optax in what is factored: the
+matrix of `axes`, not the two largest axes, so experts and layers are never mixed.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from optaxplus import trees, validation
+from optaxplus.custom_types import Axes, DTypeName, PyTree
+from optaxplus.numerics.hyperparameters import as_epsilon
+from optaxplus.numerics.matrix_axes import (
+    MatrixAxes,
+    block_shape,
+    from_matrices,
+    split_columns,
+    to_matrices,
+)
+from optaxplus.numerics.moving_averages import mix
+from optaxplus.numerics.norms import abs_square
+from optaxplus.partition.inference import axes_of
+
+__all__ = ["FactoredRmsState", "factored_rms"]
+
+
+class FactoredRmsState(NamedTuple):
+    """State of `factored_rms`.
+
+    Every field has the parameters' tree and rank; where a leaf does not use a field,
+    all of its axes have size 1.
+    """
+
+    count: jax.Array  # shape (), int32: finished updates
+    nu_row: PyTree  # axes of fan_out reduced to 1 (the first to the number of splits)
+    nu_col: PyTree  # axes of fan_in reduced to 1
+    nu: PyTree  # the parameter's shape where the leaf is not factored
+
+
+def _row_means(squares: jax.Array, axes: MatrixAxes) -> jax.Array:
+    """(*batch, fan_in, number of splits)."""
+    blocks = split_columns(squares, axes.splits)
+    return jnp.concatenate([b.mean(axis=-1, keepdims=True) for b in blocks], axis=-1)
+
+
+def _factored_leaf(g, nu_row, nu_col, axes, *, decay, eps):
+    """One factored leaf: (U, R, C), everything seen as (*batch, fan_in, fan_out)."""
+    matrices = to_matrices(trees.widen(g), axes)
+    squares = abs_square(matrices) + eps
+    rows = to_matrices(trees.widen(nu_row), axes)
+    columns = to_matrices(trees.widen(nu_col), axes)
+    rows = mix(decay, rows, _row_means(squares, axes))
+    columns = mix(decay, columns, squares.mean(axis=-2, keepdims=True))
+    # The two factors one after the other: their product may underflow.
+    row_scale = jax.lax.rsqrt(rows / rows.mean(axis=-2, keepdims=True))
+    if axes.splits:
+        row_scale = jnp.repeat(row_scale, np.asarray(axes.splits), axis=-1)
+    updates = matrices * row_scale * jax.lax.rsqrt(columns)
+    return (
+        from_matrices(updates, axes, g.shape),
+        from_matrices(rows, axes, nu_row.shape).astype(nu_row.dtype),
+        from_matrices(columns, axes, nu_col.shape).astype(nu_col.dtype),
+    )
+
+
+def _full_leaf(g, nu, *, decay, eps):
+    """One leaf that keeps all of V: (U, V)."""
+    wide = trees.widen(g)
+    v = mix(decay, trees.widen(nu), abs_square(wide) + eps)
+    return wide * jax.lax.rsqrt(v), v.astype(nu.dtype)
+
+
+def _reduced(zeros: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Zeros with `axes` reduced to size 1, in the sharding that remains."""
+    return jnp.sum(zeros, axis=axes, keepdims=True, dtype=zeros.dtype)
+
+
+def factored_rms(
+    *,
+    decay_rate: ArrayLike = 0.8,
+    min_dim_size_to_factor: int = 128,
+    eps: ArrayLike = 1e-30,
+    axes: Axes = None,
+    nu_dtype: DTypeName = "float32",
+) -> optax.GradientTransformation:
+    """Divides the gradient by a root mean square kept as one row and one column.
+
+    For an m × n matrix the state has m + n numbers instead of m·n.
+
+    Args:
+      decay_rate: Exponent γ > 0 of the decay rate 1 - t^(-γ).
+      min_dim_size_to_factor: Matrices whose shorter side is smaller keep the whole
+        second moment. >= 1. Static.
+      eps: Added to the squared gradient, in its units. > 0.
+      axes: Matrix axes, see `optaxplus.custom_types`; batch axes are never reduced.
+      nu_dtype: Dtype of the statistics, see `optaxplus.custom_types`. Static.
+
+    Returns:
+      A transformation with state `FactoredRmsState`; emits float32. A zero gradient
+      gives a zero update.
+
+    Raises:
+      TypeError: If an argument has a wrong type or a parameter is not real floating
+        point.
+      ValueError: If an argument is out of range or axes do not fit.
+    """
+    name = "factored_rms"
+    validation.check_positive(name, decay_rate=decay_rate, eps=eps)
+    validation.check_int(name, minimum=1, min_dim_size_to_factor=min_dim_size_to_factor)
+    validation.check_floating_dtype(name, nu_dtype=nu_dtype)
+
+    eps = as_epsilon(eps)
+
+    def is_factored(leaf_axes: MatrixAxes, shape: tuple[int, ...]) -> bool:
+        sides = block_shape(leaf_axes, shape)
+        return leaf_axes.is_matrix and min(sides) >= min_dim_size_to_factor
+
+    def init_fn(params: PyTree) -> FactoredRmsState:
+        trees.check_floating(name, params, real=True)
+        nu = trees.init_moment(name, params, nu_dtype)
+
+        def init_leaf(zeros, leaf_axes):
+            unused = _reduced(zeros, tuple(range(zeros.ndim)))
+            if not is_factored(leaf_axes, zeros.shape):
+                return unused, unused, zeros
+            rows = _reduced(zeros, leaf_axes.fan_out)
+            if leaf_axes.splits:
+                rows = jnp.repeat(rows, len(leaf_axes.splits), leaf_axes.fan_out[0])
+            return rows, _reduced(zeros, leaf_axes.fan_in), unused
+
+        rows, columns, full = trees.map_several(
+            init_leaf, 3, nu, axes_of(name, axes, params)
+        )
+        return FactoredRmsState(jnp.zeros([], jnp.int32), rows, columns, full)
+
+    def update_fn(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        # 1 - t^(-γ), without cancellation; 0 in the first step.
+        decay = -jnp.expm1(-decay_rate * jnp.log(count.astype(jnp.result_type(float))))
+
+        def leaf(g, nu_row, nu_col, nu, leaf_axes):
+            arguments = {"decay": trees.scalar_for(decay, g), "eps": eps}
+            if is_factored(leaf_axes, g.shape):
+                return *_factored_leaf(g, nu_row, nu_col, leaf_axes, **arguments), nu
+            u, nu = _full_leaf(g, nu, **arguments)
+            return u, nu_row, nu_col, nu
+
+        updates, rows, columns, full = trees.map_several(
+            leaf,
+            4,
+            updates,
+            state.nu_row,
+            state.nu_col,
+            state.nu,
+            axes_of(name, axes, updates),
+        )
+        return updates, FactoredRmsState(count, rows, columns, full)
+
+    return optax.GradientTransformation(init_fn, update_fn)

@@ -1,0 +1,170 @@
+"""Orthogonalized updates: every matrix replaced by its polar factor.
+
+    O_t = U·Vᵀ of the singular value decomposition of the momentum     (Newton-Schulz)
+    u_t = s(fan_in, fan_out) · O_t
+
+Scales s by name (`mode`):
+
+    match_adamw   0.2·sqrt(max(fan_in, fan_out))     update RMS 0.2, about AdamW's
+    keller        sqrt(max(1, fan_out / fan_in))     Keller Jordan's Muon
+    spectral      sqrt(fan_out / fan_in)             unit spectral norm in the sense of
+                                                     Bernstein; Dion's Muon, Scion
+
+Sources: Keller Jordan et al., Muon (2024); Liu et al., Muon is scalable for LLM
+training (Moonlight), arXiv 2502.16982, section 2.2; Bernstein and Newhouse, arXiv
+2409.20325.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import optax
+
+from optaxplus import trees, validation
+from optaxplus.custom_types import Axes, PyTree
+from optaxplus.numerics.coefficients import resolve_coefficients
+from optaxplus.numerics.matrix_axes import MatrixAxes, map_matrices
+from optaxplus.numerics.newton_schulz import polar_factor
+from optaxplus.partition.inference import axes_of
+
+__all__ = ["SHAPE_SCALES", "orthogonalize_via_newton_schulz", "scale_by_matrix_shape"]
+
+# (fan_in, fan_out) -> factor
+SHAPE_SCALES: dict[str, Callable[[int, int], float]] = {
+    "match_adamw": lambda fan_in, fan_out: 0.2 * math.sqrt(max(fan_in, fan_out)),
+    "keller": lambda fan_in, fan_out: math.sqrt(max(1.0, fan_out / fan_in)),
+    "spectral": lambda fan_in, fan_out: math.sqrt(fan_out / fan_in),
+}
+
+
+def _matrix_axes_of(function: str, axes: Axes, tree: PyTree) -> PyTree:
+    """`axes_of`, where a vector is an error: it has no polar factor to speak of."""
+    resolved = axes_of(function, axes, tree)
+    for (path, leaf), leaf_axes in zip(
+        trees.leaves_with_paths(tree),
+        jax.tree.leaves(resolved, is_leaf=lambda node: isinstance(node, MatrixAxes)),
+        strict=True,
+    ):
+        if not leaf_axes.is_matrix:
+            raise ValueError(
+                f"{function}: parameter {path!r} of shape {leaf.shape} is not allowed; "
+                "it is a vector. Mask it away (optaxplus.muon gives it to AdamW), or "
+                "pass axes that make it a matrix."
+            )
+    return resolved
+
+
+def orthogonalize_via_newton_schulz(
+    *,
+    ns_steps: int = 5,
+    ns_coeffs: str | Sequence[Sequence[float]] = "polar_express",
+    compute_dtype: str = "bfloat16",
+    eps: float = 1e-7,
+    axes: Axes = None,
+) -> optax.GradientTransformation:
+    """Replaces every matrix by an approximation of its polar factor U·Vᵀ.
+
+    All singular values become about 1, so the update moves every direction in which
+    the gradient has any component by the same amount. In a stack every layer (expert,
+    head) is orthogonalized on its own.
+
+    Args:
+      ns_steps: Number of Newton-Schulz steps, >= 1. Static.
+      ns_coeffs: Name of a table ("polar_express", "jordan", "you", "cans", "cubic",
+        "deepseek"; see `optaxplus.numerics.COEFFICIENT_TABLES`), or `ns_steps` rows
+        (a, b, c). Static.
+      compute_dtype: Dtype of the operands of the matrix products: "bfloat16",
+        "float16", "float32" or "float64". Sums, the norm and the coefficients are
+        float32. Static.
+      eps: Relative margin added to the norm that normalises a matrix. >= 0. Static.
+      axes: Matrix axes, see `optaxplus.custom_types`.
+
+    Returns:
+      A transformation without state; emits float32. The scale of the gradient does
+      not matter; zeros stay zeros; a matrix with a NaN or infinity becomes NaN.
+
+    Raises:
+      TypeError: If an argument has a wrong type or a parameter is not real floating
+        point.
+      ValueError: If the table is unknown or has not `ns_steps` steps, another argument
+        is out of range, axes do not fit, or a parameter is a vector.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> tx = optax.chain(ox.scale_by_ema(0.95), ox.orthogonalize_via_newton_schulz())
+      >>> state = tx.init({"w": jnp.ones((4, 8))})
+
+    References:
+      Keller Jordan et al., Muon (2024); see `optaxplus.numerics.polar_factor`.
+    """
+    name = "orthogonalize_via_newton_schulz"
+    rows = resolve_coefficients(name, ns_coeffs, ns_steps)
+    validation.check_floating_dtype(name, compute_dtype=compute_dtype)
+    validation.check_non_negative(name, eps=eps)
+
+    def init_fn(params: PyTree) -> optax.EmptyState:
+        trees.check_floating(name, params, real=True)
+        _matrix_axes_of(name, axes, params)
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None):
+        del params
+
+        def orthogonalize(matrices: jax.Array) -> jax.Array:
+            return polar_factor(
+                matrices,
+                ns_steps=ns_steps,
+                ns_coeffs=rows,
+                compute_dtype=compute_dtype,
+                eps=eps,
+            )
+
+        def leaf(g, leaf_axes):
+            return map_matrices(orthogonalize, trees.widen(g), leaf_axes)
+
+        return jax.tree.map(leaf, updates, _matrix_axes_of(name, axes, updates)), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def scale_by_matrix_shape(
+    mode: str = "match_adamw", *, axes: Axes = None
+) -> optax.GradientTransformation:
+    """Multiplies every matrix by a factor that depends on its shape alone.
+
+    Args:
+      mode: "match_adamw", "keller" or "spectral"; the module docstring has the
+        formulas. Static.
+      axes: Matrix axes, see `optaxplus.custom_types`. Each split counts as a matrix.
+
+    Returns:
+      A transformation without state; emits float32.
+
+    Raises:
+      TypeError: If a parameter is not floating point.
+      ValueError: If the mode is unknown, axes do not fit, or a parameter is a vector.
+    """
+    name = "scale_by_matrix_shape"
+    validation.check_choice(name, "mode", mode, SHAPE_SCALES)
+    shape_scale = SHAPE_SCALES[mode]
+
+    def init_fn(params: PyTree) -> optax.EmptyState:
+        trees.check_floating(name, params)
+        _matrix_axes_of(name, axes, params)
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None):
+        del params
+
+        def scale(matrices: jax.Array) -> jax.Array:
+            rows, columns = matrices.shape[-2:]
+            # An empty matrix has no ratio of sides, and nothing to scale.
+            return matrices * (shape_scale(rows, columns) if matrices.size else 1.0)
+
+        def leaf(u, leaf_axes):
+            return map_matrices(scale, trees.widen(u), leaf_axes)
+
+        return jax.tree.map(leaf, updates, _matrix_axes_of(name, axes, updates)), state
+
+    return optax.GradientTransformation(init_fn, update_fn)

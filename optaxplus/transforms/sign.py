@@ -1,0 +1,98 @@
+"""Signs instead of magnitudes.
+
+    sign:   u_t = sign(g_t)
+    Lion:   u_t = sign(β₁·m_{t-1} + (1 - β₁)·g_t),  m_t = β₂·m_{t-1} + (1 - β₂)·g_t
+
+Letters to arguments: β₁, β₂ are `b1`, `b2`; m is the state's `mu`. For complex numbers
+sign(z) = z/|z|; sign(0) = 0.
+
+Sources: Bernstein et al., signSGD, arXiv 1802.04434; Chen et al., Symbolic discovery
+of optimization algorithms, arXiv 2302.06675, Algorithm 2.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxplus import trees, validation
+from optaxplus.custom_types import DTypeName, PyTree
+from optaxplus.numerics.hyperparameters import as_decay_rate
+from optaxplus.numerics.moving_averages import mix
+
+__all__ = ["ScaleByLionState", "scale_by_lion", "scale_by_sign"]
+
+
+def scale_by_sign() -> optax.GradientTransformation:
+    """Replaces every coordinate by its sign.
+
+    After `scale_by_ema` this is Signum. No arguments and no state; emits float32.
+
+    Returns:
+      A transformation with an empty state.
+    """
+
+    def init_fn(params: PyTree) -> optax.EmptyState:
+        trees.check_floating("scale_by_sign", params)
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda g: jnp.sign(trees.widen(g)), updates), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+class ScaleByLionState(NamedTuple):
+    """State of `scale_by_lion`."""
+
+    mu: PyTree  # like the parameters: the average m
+
+
+def _lion_leaf(g, mu, *, b1, b2):
+    wide = trees.widen(g)
+    m = mu.astype(wide.dtype)
+    return jnp.sign(mix(b1, m, wide)), mix(b2, m, wide).astype(mu.dtype)
+
+
+def scale_by_lion(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.99,
+    *,
+    mu_dtype: DTypeName = "float32",
+) -> optax.GradientTransformation:
+    """Takes the sign of a mixture of the gradient and its slow average.
+
+    The average decays with b2, the mixture that is signed weighs the gradient more
+    (b1 < b2). Every coordinate moves by exactly 1 or not at all.
+
+    Args:
+      b1: Weight of the average in the signed mixture, in [0, 1).
+      b2: Decay rate of the average, in [0, 1).
+      mu_dtype: Dtype of the average, see `optaxplus.custom_types`. Static.
+
+    Returns:
+      A transformation with state `ScaleByLionState`; emits float32.
+
+    Raises:
+      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      ValueError: If b1 or b2 is outside [0, 1).
+    """
+    name = "scale_by_lion"
+    validation.check_decay_rate(name, b1=b1, b2=b2)
+    validation.check_floating_dtype(name, mu_dtype=mu_dtype)
+    b1, b2 = as_decay_rate(b1), as_decay_rate(b2)
+
+    def init_fn(params: PyTree) -> ScaleByLionState:
+        return ScaleByLionState(trees.init_moment(name, params, mu_dtype))
+
+    def update_fn(updates, state, params=None):
+        del params
+        updates, mu = trees.map_several(
+            lambda g, m: _lion_leaf(g, m, b1=b1, b2=b2), 2, updates, state.mu
+        )
+        return updates, ScaleByLionState(mu)
+
+    return optax.GradientTransformation(init_fn, update_fn)

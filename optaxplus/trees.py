@@ -1,0 +1,190 @@
+"""What the library needs of pytrees beyond `optax.tree`.
+
+Paths as text, trees of parameters in the dtype of the arithmetic, and maps that
+return several trees.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optaxplus.custom_types import DTypeName, PyTree
+
+__all__ = [
+    "cast_like",
+    "check_floating",
+    "compute_dtype",
+    "init_moment",
+    "is_holder",
+    "leaves_with_paths",
+    "map_several",
+    "path_text",
+    "real_dtype",
+    "scalar_for",
+    "unflatten_like",
+    "widen",
+]
+
+
+def is_holder(node: Any) -> bool:
+    """Whether `node` is a box around one array (NNX Variable, linen metadata).
+
+    Recognised by their interfaces, so that Flax is not imported. A box counts as one
+    leaf: `nnx.Optimizer` passes Variables to `init` and bare arrays to `update`, and
+    both have to be the same tree to us.
+    """
+    return hasattr(node, "get_raw_value") or hasattr(node, "replace_boxed")
+
+
+def path_text(key_path: tuple[Any, ...]) -> str:
+    """A key path as "block_0/attn/query/kernel"."""
+    return "/".join(_key_text(key) for key in key_path)
+
+
+def _key_text(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
+    """(path, leaf) for every leaf; a box gives its array under its own path."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_holder)
+    return [
+        (path_text(path), array)
+        for path, node in flat
+        for array in (jax.tree.leaves(node) if is_holder(node) else [node])
+    ]
+
+
+def unflatten_like(tree: PyTree, values: Sequence[Any]) -> PyTree:
+    """One value for each of `leaves_with_paths(tree)`, in the structure of `tree`.
+
+    A box is replaced by its value, so that the result of an NNX state has the
+    structure of `nnx.as_pure(state)`.
+    """
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_holder), values)
+
+
+def compute_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype in which a leaf of `dtype` is computed: at least float32."""
+    dtype = jnp.dtype(dtype)
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def real_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype of the real and imaginary parts."""
+    return jnp.dtype(jnp.finfo(dtype).dtype)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """`x` in the dtype of the arithmetic."""
+    return x.astype(compute_dtype(x.dtype))
+
+
+def scalar_for(scalar: ArrayLike, x: jax.Array) -> ArrayLike:
+    """A scalar of the program in the real dtype in which the leaf `x` is computed.
+
+    Python numbers stay: they take the dtype of whatever they meet.
+    """
+    if isinstance(scalar, int | float):
+        return scalar
+    return jnp.asarray(scalar).astype(real_dtype(compute_dtype(x.dtype)))
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Each leaf of `tree` in the dtype of the same leaf of `like`."""
+    return jax.tree.map(lambda x, reference: x.astype(reference.dtype), tree, like)
+
+
+def map_several(
+    function: Callable[..., tuple[Any, ...]], count: int, tree: PyTree, *rest: PyTree
+) -> tuple[PyTree, ...]:
+    """`jax.tree.map` for a function that returns `count` values: a tree of each.
+
+    Args:
+      function: Called with the leaf of `tree` and the subtrees of `rest` there.
+      count: Number of values that `function` returns.
+      tree: Determines the structure; the others may have it as a prefix.
+      *rest: More trees.
+
+    Returns:
+      `count` trees of the structure of `tree`.
+    """
+    treedef = jax.tree.structure(tree)
+    results = jax.tree.leaves(
+        jax.tree.map(lambda *leaves: _Values(function(*leaves)), tree, *rest),
+        is_leaf=lambda node: isinstance(node, _Values),
+    )
+    return tuple(
+        jax.tree.unflatten(treedef, [result.values[index] for result in results])
+        for index in range(count)
+    )
+
+
+class _Values:
+    """The values of one leaf, opaque to `jax.tree`."""
+
+    def __init__(self, values: tuple[Any, ...]):
+        self.values = values
+
+
+def init_moment(
+    function: str, params: PyTree, dtype: DTypeName, *, real: bool = False
+) -> PyTree:
+    """Zeros in the shape and sharding of each parameter.
+
+    Args:
+      function: Name of the caller, for messages.
+      params: Arrays or abstract arrays.
+      dtype: Real floating-point dtype of the accumulator. "float32" stands for the
+        width of the arithmetic, see `optaxplus.custom_types`.
+      real: Whether the accumulator is real for complex parameters too.
+
+    Raises:
+      TypeError: If a parameter is not floating point, with its path, or is complex
+        where `dtype` has no complex counterpart.
+    """
+    check_floating(function, params)
+    return jax.tree.map(
+        lambda p: jnp.zeros_like(p, dtype=_moment_dtype(function, p, dtype, real)),
+        params,
+    )
+
+
+def _moment_dtype(
+    function: str, param: jax.Array, dtype: DTypeName, real: bool
+) -> jnp.dtype:
+    dtype = jnp.dtype(dtype)
+    is_complex = jnp.issubdtype(param.dtype, jnp.complexfloating)
+    if dtype == jnp.float32:
+        wide = compute_dtype(param.dtype)
+        return real_dtype(wide) if real else wide
+    if not is_complex or real:
+        return dtype
+    raise TypeError(
+        f"{function}: a moment dtype of {dtype} is not allowed for complex parameters; "
+        "it must be 'float32', which keeps them complex."
+    )
+
+
+def check_floating(function: str, params: PyTree, *, real: bool = False) -> None:
+    """Refuses parameters that are not floating point, naming the path.
+
+    Args:
+      function: Name of the caller, for messages.
+      params: Tree of arrays or abstract arrays.
+      real: Whether complex parameters are refused too.
+    """
+    allowed = jnp.floating if real else jnp.inexact
+    for path, leaf in leaves_with_paths(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), allowed):
+            raise TypeError(
+                f"{function}: parameter {path!r} of dtype {jnp.result_type(leaf)} is "
+                f"not allowed; it must be {'real ' if real else ''}floating point. "
+                "Mask it away (optax.masked), or give it the role 'frozen'."
+            )
