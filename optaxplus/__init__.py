@@ -20,6 +20,8 @@ from optaxplus.partition.inference import (
 )
 from optaxplus.partition.routing import route
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
+from optaxplus.report.memory import MemoryReport, memory_report
+from optaxplus.report.routing_table import RoutingTable, explain_routing
 from optaxplus.transforms.adaptive import ScaleByAdamState, scale_by_adam
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.clipping import clip_by_global_norm, clip_update_rms
@@ -43,6 +45,8 @@ __all__ = [
     "DEFAULT_RULES",
     "FactoredRmsState",
     "MatrixAxes",
+    "MemoryReport",
+    "RoutingTable",
     "Rule",
     "ScaleByAdamState",
     "ScaleByEmaState",
@@ -54,6 +58,7 @@ __all__ = [
     "chain_in_float32",
     "clip_by_global_norm",
     "clip_update_rms",
+    "explain_routing",
     "factored_rms",
     "infer_matrix_axes",
     "infer_roles",
@@ -61,6 +66,7 @@ __all__ = [
     "lamb",
     "lars",
     "lion",
+    "memory_report",
     "muon",
     "numerics",
     "orthogonalize_via_newton_schulz",

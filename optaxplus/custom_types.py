@@ -4,6 +4,8 @@ learning_rate
     A float, a scalar array (traced or not), or a schedule: a function from the
     number of finished updates (0 before the first) to a scalar. Steps are taken
     against the update, so it is positive.
+other numbers (`Scalar`)
+    A Python number, or a scalar array, traced or not.
 axes (`Axes`)
     How each parameter is a batch of matrices or vectors, for statistics that belong
     to one matrix. One `MatrixAxes` for every parameter, a pytree of them (a prefix
@@ -26,9 +28,10 @@ from typing import Any
 import numpy as np
 import optax
 
+from optaxplus.numerics.hyperparameters import Scalar
 from optaxplus.numerics.matrix_axes import MatrixAxes
 
-__all__ = ["Axes", "DTypeName", "Mask", "PyTree", "ScalarOrSchedule"]
+__all__ = ["Axes", "DTypeName", "Mask", "PyTree", "Scalar", "ScalarOrSchedule"]
 
 PyTree = Any
 Axes = MatrixAxes | PyTree | Callable[[PyTree], PyTree] | None

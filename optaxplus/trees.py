@@ -9,14 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
 from optaxplus.custom_types import DTypeName, PyTree
+from optaxplus.numerics.hyperparameters import Scalar
 
 __all__ = [
     "cast_like",
     "check_floating",
     "compute_dtype",
+    "increment",
     "init_moment",
     "is_holder",
     "leaves_with_paths",
@@ -86,7 +89,7 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(compute_dtype(x.dtype))
 
 
-def scalar_for(scalar: ArrayLike, x: jax.Array) -> ArrayLike:
+def scalar_for(scalar: ArrayLike, x: jax.Array) -> Scalar:
     """A scalar of the program in the real dtype in which the leaf `x` is computed.
 
     Python numbers stay: they take the dtype of whatever they meet.
@@ -94,6 +97,11 @@ def scalar_for(scalar: ArrayLike, x: jax.Array) -> ArrayLike:
     if isinstance(scalar, int | float):
         return scalar
     return jnp.asarray(scalar).astype(real_dtype(compute_dtype(x.dtype)))
+
+
+def increment(count: jax.Array) -> jax.Array:
+    """Count + 1, saturating at the largest integer."""
+    return jnp.asarray(optax.safe_increment(count))
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:

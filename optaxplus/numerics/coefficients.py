@@ -137,8 +137,8 @@ def resolve_coefficients(
     try:
         array = np.asarray(ns_coeffs, dtype=np.float64)
     except (TypeError, ValueError):
-        array = np.zeros(())
-    if array.ndim != 2 or array.shape[1] != 3 or not np.isfinite(array).all():
+        array = np.empty(0)  # Refused just below, with the same message.
+    if array.ndim != 2 or array.shape[-1] != 3 or not np.isfinite(array).all():
         raise ValueError(
             f"{function}: ns_coeffs={ns_coeffs!r} is not allowed; it must be one of "
             f"{', '.join(map(repr, COEFFICIENT_TABLES))}, or a sequence of finite "
@@ -149,4 +149,4 @@ def resolve_coefficients(
             f"{function}: ns_steps={ns_steps} is not allowed; ns_coeffs has "
             f"{len(array)} rows, so pass ns_steps={len(array)}."
         )
-    return tuple((float(a), float(b), float(c)) for a, b, c in array)
+    return tuple(zip(*array.T.tolist(), strict=True))

@@ -6,22 +6,25 @@ of 0.999 becomes 1, an average that never moves and whose bias correction divide
 in float16 an eps of 1e-8 becomes 0. Python numbers are returned as they are.
 """
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-__all__ = ["as_decay_rate", "as_epsilon"]
+__all__ = ["Scalar", "as_decay_rate", "as_epsilon"]
+
+Scalar = float | jax.Array
 
 # The largest float32 below 1, and the smallest normal one.
 _LARGEST_DECAY = 1.0 - 2.0**-24
 _SMALLEST_EPSILON = 2.0**-126
 
 
-def _as_wide_array(value: ArrayLike):
+def _as_wide_array(value: ArrayLike) -> jax.Array:
     array = jnp.asarray(value)
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def as_decay_rate(decay: ArrayLike) -> ArrayLike:
+def as_decay_rate(decay: ArrayLike) -> Scalar:
     """A decay rate just below 1 where rounding made it 1.
 
     The bias-corrected average is then the plain mean of all gradients.
@@ -31,7 +34,7 @@ def as_decay_rate(decay: ArrayLike) -> ArrayLike:
     return jnp.minimum(_as_wide_array(decay), _LARGEST_DECAY)
 
 
-def as_epsilon(eps: ArrayLike) -> ArrayLike:
+def as_epsilon(eps: ArrayLike) -> Scalar:
     """An eps just above 0 where rounding made it 0, so that 0 / eps is 0."""
     if isinstance(eps, int | float):
         return eps

@@ -4,17 +4,18 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+
+from optaxplus.numerics.hyperparameters import Scalar
 
 __all__ = ["bias_correction", "mix"]
 
 
-def mix(decay: ArrayLike, average: jax.Array, x: jax.Array) -> jax.Array:
+def mix(decay: Scalar, average: jax.Array, x: jax.Array) -> jax.Array:
     """decay·average + (1 - decay)·x, elementwise."""
     return decay * average + (1 - decay) * x
 
 
-def bias_correction(decay: ArrayLike, count: jax.Array) -> jax.Array:
+def bias_correction(decay: Scalar, count: jax.Array) -> jax.Array:
     """1 - decay**count, which divides an average that started from zero.
 
     Computed as -expm1(count·log(decay)): subtracting a float32 power from 1 would

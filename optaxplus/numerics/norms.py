@@ -4,8 +4,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
+from optaxplus.numerics.hyperparameters import Scalar
 from optaxplus.numerics.matrix_axes import MatrixAxes, reduce_blocks
 
 __all__ = ["abs_square", "block_norm", "block_rms", "scaled_square"]
@@ -16,7 +16,7 @@ def abs_square(x: jax.Array) -> jax.Array:
     return scaled_square(1.0, x)
 
 
-def scaled_square(scale: ArrayLike, x: jax.Array) -> jax.Array:
+def scaled_square(scale: Scalar, x: jax.Array) -> jax.Array:
     """scale·|x|², elementwise and real.
 
     Associated as (scale·x)·x on purpose: where x² occurs elsewhere in the program, in

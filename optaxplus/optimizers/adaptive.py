@@ -1,10 +1,9 @@
 """Adam and AdamW."""
 
 import optax
-from jax.typing import ArrayLike
 
 from optaxplus import validation
-from optaxplus.custom_types import DTypeName, Mask, ScalarOrSchedule
+from optaxplus.custom_types import DTypeName, Mask, Scalar, ScalarOrSchedule
 from optaxplus.transforms.adaptive import scale_by_adam
 from optaxplus.transforms.chaining import chain_in_float32
 
@@ -14,10 +13,10 @@ __all__ = ["adam", "adamw"]
 def adam(
     learning_rate: ScalarOrSchedule,
     *,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    eps_root: ArrayLike = 0.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     amsgrad: bool = False,
     nesterov: bool = False,
     mu_dtype: DTypeName = "float32",
@@ -75,11 +74,11 @@ def adam(
 def adamw(
     learning_rate: ScalarOrSchedule,
     *,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    eps_root: ArrayLike = 0.0,
-    weight_decay: ArrayLike = 1e-4,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    weight_decay: Scalar = 1e-4,
     mask: Mask = None,
     amsgrad: bool = False,
     nesterov: bool = False,

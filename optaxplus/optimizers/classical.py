@@ -1,10 +1,9 @@
 """Stochastic gradient descent with and without momentum."""
 
 import optax
-from jax.typing import ArrayLike
 
 from optaxplus import validation
-from optaxplus.custom_types import DTypeName, ScalarOrSchedule
+from optaxplus.custom_types import DTypeName, Scalar, ScalarOrSchedule
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.momentum import scale_by_momentum
 
@@ -14,10 +13,10 @@ __all__ = ["sgd"]
 def sgd(
     learning_rate: ScalarOrSchedule,
     *,
-    momentum: ArrayLike = 0.0,
+    momentum: Scalar = 0.0,
     nesterov: bool = False,
-    dampening: ArrayLike = 0.0,
-    weight_decay: ArrayLike = 0.0,
+    dampening: Scalar = 0.0,
+    weight_decay: Scalar = 0.0,
     mu_dtype: DTypeName = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """Stochastic gradient descent, equal to `torch.optim.SGD`.

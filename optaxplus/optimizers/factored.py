@@ -1,10 +1,9 @@
 """Adafactor."""
 
 import optax
-from jax.typing import ArrayLike
 
 from optaxplus import validation
-from optaxplus.custom_types import Axes, DTypeName, Mask, ScalarOrSchedule
+from optaxplus.custom_types import Axes, DTypeName, Mask, Scalar, ScalarOrSchedule
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.clipping import clip_update_rms
 from optaxplus.transforms.factored import factored_rms
@@ -17,13 +16,13 @@ __all__ = ["adafactor"]
 def adafactor(
     learning_rate: ScalarOrSchedule,
     *,
-    b1: ArrayLike | None = None,
-    decay_rate: ArrayLike = 0.8,
+    b1: Scalar | None = None,
+    decay_rate: Scalar = 0.8,
     min_dim_size_to_factor: int = 128,
-    eps: ArrayLike = 1e-30,
-    clip_threshold: ArrayLike = 1.0,
+    eps: Scalar = 1e-30,
+    clip_threshold: Scalar = 1.0,
     multiply_by_param_rms: bool = True,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: Scalar = 0.0,
     mask: Mask = None,
     axes: Axes = None,
     mu_dtype: DTypeName = "float32",

@@ -1,10 +1,9 @@
 """LARS and LAMB: one step length for every layer, in proportion to its weights."""
 
 import optax
-from jax.typing import ArrayLike
 
 from optaxplus import validation
-from optaxplus.custom_types import Axes, DTypeName, Mask, ScalarOrSchedule
+from optaxplus.custom_types import Axes, DTypeName, Mask, Scalar, ScalarOrSchedule
 from optaxplus.transforms.adaptive import scale_by_adam
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.layerwise import trust_ratio
@@ -16,11 +15,11 @@ __all__ = ["lamb", "lars"]
 def lars(
     learning_rate: ScalarOrSchedule,
     *,
-    momentum: ArrayLike = 0.9,
+    momentum: Scalar = 0.9,
     nesterov: bool = False,
-    weight_decay: ArrayLike = 0.0,
-    trust_coefficient: ArrayLike = 1e-3,
-    eps: ArrayLike = 0.0,
+    weight_decay: Scalar = 0.0,
+    trust_coefficient: Scalar = 1e-3,
+    eps: Scalar = 0.0,
     axes: Axes = None,
     mu_dtype: DTypeName = "float32",
 ) -> optax.GradientTransformationExtraArgs:
@@ -68,11 +67,11 @@ def lars(
 def lamb(
     learning_rate: ScalarOrSchedule,
     *,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-6,
-    eps_root: ArrayLike = 0.0,
-    weight_decay: ArrayLike = 0.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-6,
+    eps_root: Scalar = 0.0,
+    weight_decay: Scalar = 0.0,
     mask: Mask = None,
     axes: Axes = None,
     mu_dtype: DTypeName = "float32",

@@ -1,13 +1,12 @@
 """Muon: orthogonalized momentum for weight matrices, another rule for the rest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import jax
 import optax
-from jax.typing import ArrayLike
 
 from optaxplus import trees, validation
-from optaxplus.custom_types import Axes, DTypeName, PyTree, ScalarOrSchedule
+from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar, ScalarOrSchedule
 from optaxplus.partition.inference import label_of_role
 from optaxplus.partition.routing import route
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
@@ -26,20 +25,20 @@ __all__ = ["muon"]
 def muon(
     learning_rate: ScalarOrSchedule,
     *,
-    clip_norm: ArrayLike | None = None,
-    b1: ArrayLike = 0.95,
+    clip_norm: Scalar | None = None,
+    b1: Scalar = 0.95,
     nesterov: bool = True,
-    weight_decay: ArrayLike = 0.1,
+    weight_decay: Scalar = 0.1,
     ns_steps: int = 5,
     ns_coeffs: str | Sequence[Sequence[float]] = "polar_express",
     compute_dtype: str = "bfloat16",
     shape_scale: str = "match_adamw",
     rules: Sequence[Rule] = DEFAULT_RULES,
     adamw_learning_rate: ScalarOrSchedule | None = None,
-    adamw_b1: ArrayLike = 0.9,
-    adamw_b2: ArrayLike = 0.95,
-    adamw_eps: ArrayLike = 1e-8,
-    adamw_weight_decay: ArrayLike | None = None,
+    adamw_b1: Scalar = 0.9,
+    adamw_b2: Scalar = 0.95,
+    adamw_eps: Scalar = 1e-8,
+    adamw_weight_decay: Scalar | None = None,
     mu_dtype: DTypeName = "float32",
     fallback: optax.GradientTransformation
     | Mapping[str, optax.GradientTransformation]
@@ -162,7 +161,11 @@ def muon(
         labels = jax.tree.map(label_of_role, roles)
         _check_labels(labels, others)
         trainable = jax.tree.map(lambda label: label != "frozen", labels)
-        groups = {"muon": matrices(axes), "frozen": optax.set_to_zero(), **others}
+        groups: dict[Hashable, optax.GradientTransformation] = {
+            "muon": matrices(axes),
+            "frozen": optax.set_to_zero(),
+            **others,
+        }
         return optax.chain(
             optax.masked(clip, trainable), optax.partition(groups, lambda _: labels)
         )

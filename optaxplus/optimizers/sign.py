@@ -1,10 +1,9 @@
 """Lion."""
 
 import optax
-from jax.typing import ArrayLike
 
 from optaxplus import validation
-from optaxplus.custom_types import DTypeName, Mask, ScalarOrSchedule
+from optaxplus.custom_types import DTypeName, Mask, Scalar, ScalarOrSchedule
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.sign import scale_by_lion
 
@@ -14,9 +13,9 @@ __all__ = ["lion"]
 def lion(
     learning_rate: ScalarOrSchedule,
     *,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.99,
-    weight_decay: ArrayLike = 1e-3,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
+    weight_decay: Scalar = 1e-3,
     mask: Mask = None,
     mu_dtype: DTypeName = "float32",
 ) -> optax.GradientTransformationExtraArgs:

@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from optaxplus import trees, validation
-from optaxplus.custom_types import DTypeName, PyTree
+from optaxplus.custom_types import DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.moving_averages import bias_correction, mix
 from optaxplus.numerics.norms import scaled_square
@@ -57,11 +56,11 @@ def _adam_leaf(g, mu, nu, nu_max, *, b1, b2, eps, eps_root, scales, nesterov):
 
 
 def scale_by_adam(
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
     *,
-    eps: ArrayLike = 1e-8,
-    eps_root: ArrayLike = 0.0,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     amsgrad: bool = False,
     nesterov: bool = False,
     mu_dtype: DTypeName = "float32",
@@ -111,7 +110,7 @@ def scale_by_adam(
 
     def update_fn(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        count = trees.increment(state.count)
         scale_g = 1.0 / bias_correction(b1, count)
         scale_mu = 1.0 / bias_correction(b1, count + 1) if nesterov else scale_g
         scales = scale_mu, scale_g, 1.0 / bias_correction(b2, count)

@@ -12,17 +12,16 @@ Sources: Pascanu et al., arXiv 1211.5063; Shazeer and Stern, Adafactor, arXiv
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from optaxplus import trees, validation
-from optaxplus.custom_types import Axes, PyTree
+from optaxplus.custom_types import Axes, PyTree, Scalar
 from optaxplus.numerics.norms import abs_square, block_rms
 from optaxplus.partition.inference import axes_of
 
 __all__ = ["clip_by_global_norm", "clip_update_rms"]
 
 
-def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
+def clip_by_global_norm(max_norm: Scalar) -> optax.GradientTransformation:
     """Shortens the whole gradient to length `max_norm` where it is longer.
 
     The semantics of `optax.clip_by_global_norm`, written as one multiplication of each
@@ -61,7 +60,7 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
 
 
 def clip_update_rms(
-    threshold: ArrayLike = 1.0, *, axes: Axes = None
+    threshold: Scalar = 1.0, *, axes: Axes = None
 ) -> optax.GradientTransformation:
     """Shortens the update of every matrix or vector whose RMS exceeds `threshold`.
 

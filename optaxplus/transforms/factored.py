@@ -23,10 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 
 from optaxplus import trees, validation
-from optaxplus.custom_types import Axes, DTypeName, PyTree
+from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_epsilon
 from optaxplus.numerics.matrix_axes import (
     MatrixAxes,
@@ -95,9 +94,9 @@ def _reduced(zeros: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def factored_rms(
     *,
-    decay_rate: ArrayLike = 0.8,
+    decay_rate: Scalar = 0.8,
     min_dim_size_to_factor: int = 128,
-    eps: ArrayLike = 1e-30,
+    eps: Scalar = 1e-30,
     axes: Axes = None,
     nu_dtype: DTypeName = "float32",
 ) -> optax.GradientTransformation:
@@ -153,7 +152,7 @@ def factored_rms(
 
     def update_fn(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        count = trees.increment(state.count)
         # 1 - t^(-γ), without cancellation; 0 in the first step.
         decay = -jnp.expm1(-decay_rate * jnp.log(count.astype(jnp.result_type(float))))
 

@@ -20,10 +20,9 @@ Sources: You et al., LARS, arXiv 1708.03888, Algorithm 1; You et al., LAMB, arXi
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from optaxplus import trees, validation
-from optaxplus.custom_types import Axes, PyTree
+from optaxplus.custom_types import Axes, PyTree, Scalar
 from optaxplus.numerics.norms import block_norm, block_rms
 from optaxplus.partition.inference import axes_of
 
@@ -41,9 +40,9 @@ def _trust_ratio_leaf(u, p, axes, *, trust_coefficient, weight_decay, eps):
 
 def trust_ratio(
     *,
-    trust_coefficient: ArrayLike = 1.0,
-    weight_decay: ArrayLike = 0.0,
-    eps: ArrayLike = 0.0,
+    trust_coefficient: Scalar = 1.0,
+    weight_decay: Scalar = 0.0,
+    eps: Scalar = 0.0,
     axes: Axes = None,
 ) -> optax.GradientTransformation:
     """Scales the update of every matrix or vector to the norm of its parameters.
@@ -95,7 +94,7 @@ def trust_ratio(
 
 
 def scale_by_param_rms(
-    *, min_rms: ArrayLike = 1e-3, axes: Axes = None
+    *, min_rms: Scalar = 1e-3, axes: Axes = None
 ) -> optax.GradientTransformation:
     """Multiplies the update of every matrix or vector by the RMS of its parameters.
 

@@ -23,10 +23,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from optaxplus import trees, validation
-from optaxplus.custom_types import DTypeName, PyTree
+from optaxplus.custom_types import DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate
 from optaxplus.numerics.moving_averages import bias_correction, mix
 
@@ -52,10 +51,10 @@ def _momentum_leaf(g, trace, gain, *, momentum, nesterov):
 
 
 def scale_by_momentum(
-    momentum: ArrayLike = 0.9,
+    momentum: Scalar = 0.9,
     *,
     nesterov: bool = False,
-    dampening: ArrayLike = 0.0,
+    dampening: Scalar = 0.0,
     mu_dtype: DTypeName = "float32",
 ) -> optax.GradientTransformation:
     """Adds up past gradients with geometrically decaying weights (heavy ball).
@@ -107,16 +106,16 @@ def scale_by_momentum(
             updates,
             state.trace,
         )
-        return updates, ScaleByMomentumState(optax.safe_increment(state.count), trace)
+        return updates, ScaleByMomentumState(trees.increment(state.count), trace)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _is_zero(value: ArrayLike) -> bool:
+def _is_zero(value: Scalar) -> bool:
     return isinstance(value, int | float) and value == 0
 
 
-def _may_be_zero(value: ArrayLike) -> bool:
+def _may_be_zero(value: Scalar) -> bool:
     return not isinstance(value, int | float) or value == 0
 
 
@@ -138,7 +137,7 @@ def _ema_leaf(g, mu, *, b1, nesterov, scale_mu, scale_g):
 
 
 def scale_by_ema(
-    b1: ArrayLike = 0.9,
+    b1: Scalar = 0.9,
     *,
     nesterov: bool = False,
     debias: bool = False,
@@ -177,7 +176,7 @@ def scale_by_ema(
 
     def update_fn(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        count = trees.increment(state.count)
         scale_mu = scale_g = 1.0
         if debias:
             scale_g = 1.0 / bias_correction(b1, count)

@@ -15,10 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from optaxplus import trees, validation
-from optaxplus.custom_types import DTypeName, PyTree
+from optaxplus.custom_types import DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate
 from optaxplus.numerics.moving_averages import mix
 
@@ -58,8 +57,8 @@ def _lion_leaf(g, mu, *, b1, b2):
 
 
 def scale_by_lion(
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.99,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
     *,
     mu_dtype: DTypeName = "float32",
 ) -> optax.GradientTransformation:

@@ -1,0 +1,1 @@
+"""What was composed: which parameter goes where, and what it costs."""

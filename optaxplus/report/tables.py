@@ -1,0 +1,35 @@
+"""Plain-text tables and numbers a person reads."""
+
+from collections.abc import Sequence
+
+__all__ = ["format_bytes", "format_table"]
+
+
+def format_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()
+) -> str:
+    """Columns aligned by spaces, under a ruled header.
+
+    Args:
+      header: Column titles.
+      rows: One text a column.
+      right: Indices of the columns that are aligned to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes in decimal units, 1 GB = 1e9 bytes."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,87 @@
+"""What the compiler for real TPUs makes of the optimizers; needs no TPU, only libtpu."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.experimental import topologies
+
+import optaxplus as ox
+
+pytestmark = pytest.mark.tpu
+
+SHAPES = {
+    "dense": {"kernel": (1024, 512), "bias": (512,)},
+    "attn": {"query": {"kernel": (1024, 8, 128)}},
+}
+LEAVES = 3
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Abstract parameters on one chip of a v5e."""
+    pytest.importorskip("libtpu", reason="install the extra `tpu` for the TPU compiler")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
+        SHAPES,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def compiled_step(tx, params):
+    """The whole optimizer step, parameters and state donated, as compiled HLO."""
+    sharding = params["dense"]["kernel"].sharding
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(tx.init, params),
+    )
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    return step.lower(params, state, params).compile()
+
+
+def fusions(compiled):
+    text = compiled.as_text()
+    return len(re.findall(r" fusion\(", text[text.index("ENTRY") :]))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        pytest.param(ox.sgd(0.1), id="sgd"),
+        pytest.param(ox.sgd(0.1, momentum=0.9, nesterov=True), id="nesterov"),
+        pytest.param(ox.adam(0.1), id="adam"),
+        pytest.param(ox.adam(0.1, amsgrad=True), id="amsgrad"),
+        pytest.param(ox.adamw(0.1), id="adamw"),
+        pytest.param(ox.lion(0.1), id="lion"),
+    ],
+)
+def test_an_elementwise_step_is_one_fusion_a_leaf_without_temporaries(tx, params):
+    compiled = compiled_step(tx, params)
+    assert fusions(compiled) == LEAVES
+    assert compiled.memory_analysis().temp_size_in_bytes == 0
+
+
+def test_global_norm_clipping_adds_one_reduction_a_leaf(params):
+    tx = optax.chain(ox.clip_by_global_norm(1.0), ox.adamw(0.1))
+    assert fusions(compiled_step(tx, params)) <= 2 * LEAVES
+
+
+def test_muon_multiplies_bfloat16_matrices_into_float32(params):
+    text = compiled_step(ox.muon(0.1), params).as_text()
+    dtype_of = dict(re.findall(r"%([\w.-]+) = (\w+)\[", text))
+    products = re.findall(
+        r" = (\w+)\[[^\n]*? convolution\(%([\w.-]+), %([\w.-]+)\)", text
+    )
+    # Five steps of three products for each of the two matrices.
+    assert len(products) == 2 * 5 * 3
+    for result, left, right in products:
+        assert (result, dtype_of[left], dtype_of[right]) == ("f32", "bf16", "bf16")
