@@ -27,8 +27,8 @@ class MemoryReport:
       state: Bytes of the optimizer state.
       total: Sum of the three.
       bytes_per_param: total / num_params (0 for an empty tree).
-      by_label: Bytes of state under each label of a partitioned optimizer; what lies
-        outside the partition, or everything, is under "all".
+      by_label: Bytes of state under each label of a partitioned optimizer, and under
+        "shared" what lies outside the partition; of any other, under "all".
       by_dtype: Bytes of all three under each dtype.
     """
 
@@ -143,5 +143,5 @@ def _by_label(state: Any) -> dict[str, int]:
             by_label[str(label)] = by_label.get(str(label), 0) + size
     outside = _tree_bytes(state) - sum(by_label.values())
     if outside or not by_label:
-        by_label["all"] = outside
+        by_label["shared" if by_label else "all"] = outside
     return by_label

@@ -40,7 +40,19 @@ class ScaleByAdamState(NamedTuple):
     nu_max: Any  # like nu with amsgrad, else None: largest v so far
 
 
-def _adam_leaf(g, mu, nu, nu_max, *, b1, b2, eps, eps_root, scales, nesterov):
+def _adam_leaf(
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    nu_max: jax.Array | None,
+    *,
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    scales: tuple[jax.Array, jax.Array, jax.Array],
+    nesterov: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """One leaf: (u, m, v, v_max). `scales` are 1/(1-β₁ᵗ) for m and g, 1/(1-β₂ᵗ)."""
     wide = trees.widen(g)
     scale_mu, scale_g, scale_nu = (trees.scalar_for(scale, g) for scale in scales)
@@ -108,14 +120,21 @@ def scale_by_adam(
             nu_max=jax.tree.map(jnp.zeros_like, nu) if amsgrad else None,
         )
 
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, ScaleByAdamState]:
         del params
         count = trees.increment(state.count)
         scale_g = 1.0 / bias_correction(b1, count)
         scale_mu = 1.0 / bias_correction(b1, count + 1) if nesterov else scale_g
         scales = scale_mu, scale_g, 1.0 / bias_correction(b2, count)
 
-        def leaf(g, mu, nu, nu_max=None):
+        def leaf(
+            g: jax.Array,
+            mu: jax.Array,
+            nu: jax.Array,
+            nu_max: jax.Array | None = None,
+        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
             return _adam_leaf(
                 g,
                 mu,

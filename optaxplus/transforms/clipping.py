@@ -9,12 +9,15 @@ Sources: Pascanu et al., arXiv 1211.5063; Shazeer and Stern, Adafactor, arXiv
 1804.04235, section 6 (update clipping).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, PyTree, Scalar
+from optaxplus.numerics.matrix_axes import MatrixAxes
 from optaxplus.numerics.norms import abs_square, block_rms
 from optaxplus.partition.inference import axes_of
 
@@ -48,7 +51,9 @@ def clip_by_global_norm(max_norm: Scalar) -> optax.GradientTransformation:
         trees.check_floating("clip_by_global_norm", params)
         return optax.EmptyState()
 
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
         del params
         wide = jax.tree.map(trees.widen, updates)
         squares = [jnp.sum(abs_square(g)) for g in jax.tree.leaves(wide)]
@@ -83,10 +88,12 @@ def clip_update_rms(
         axes_of(name, axes, params)
         return optax.EmptyState()
 
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
         del params
 
-        def leaf(u, leaf_axes):
+        def leaf(u: jax.Array, leaf_axes: MatrixAxes) -> jax.Array:
             wide = trees.widen(u)
             return wide / jnp.maximum(1.0, block_rms(wide, leaf_axes) / threshold)
 

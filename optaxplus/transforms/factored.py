@@ -17,7 +17,7 @@ instead of sums, which leaves V̂ the same. Differs from optax in what is factor
 matrix of `axes`, not the two largest axes, so experts and layers are never mixed.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,15 @@ def _row_means(squares: jax.Array, axes: MatrixAxes) -> jax.Array:
     return jnp.concatenate([b.mean(axis=-1, keepdims=True) for b in blocks], axis=-1)
 
 
-def _factored_leaf(g, nu_row, nu_col, axes, *, decay, eps):
+def _factored_leaf(
+    g: jax.Array,
+    nu_row: jax.Array,
+    nu_col: jax.Array,
+    axes: MatrixAxes,
+    *,
+    decay: Scalar,
+    eps: Scalar,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One factored leaf: (U, R, C), everything seen as (*batch, fan_in, fan_out)."""
     matrices = to_matrices(trees.widen(g), axes)
     squares = abs_square(matrices) + eps
@@ -80,7 +88,9 @@ def _factored_leaf(g, nu_row, nu_col, axes, *, decay, eps):
     )
 
 
-def _full_leaf(g, nu, *, decay, eps):
+def _full_leaf(
+    g: jax.Array, nu: jax.Array, *, decay: Scalar, eps: Scalar
+) -> tuple[jax.Array, jax.Array]:
     """One leaf that keeps all of V: (U, V)."""
     wide = trees.widen(g)
     v = mix(decay, trees.widen(nu), abs_square(wide) + eps)
@@ -136,7 +146,9 @@ def factored_rms(
         trees.check_floating(name, params, real=True)
         nu = trees.init_moment(name, params, nu_dtype)
 
-        def init_leaf(zeros, leaf_axes):
+        def init_leaf(
+            zeros: jax.Array, leaf_axes: MatrixAxes
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
             unused = _reduced(zeros, tuple(range(zeros.ndim)))
             if not is_factored(leaf_axes, zeros.shape):
                 return unused, unused, zeros
@@ -150,13 +162,21 @@ def factored_rms(
         )
         return FactoredRmsState(jnp.zeros([], jnp.int32), rows, columns, full)
 
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, FactoredRmsState]:
         del params
         count = trees.increment(state.count)
         # 1 - t^(-γ), without cancellation; 0 in the first step.
         decay = -jnp.expm1(-decay_rate * jnp.log(count.astype(jnp.result_type(float))))
 
-        def leaf(g, nu_row, nu_col, nu, leaf_axes):
+        def leaf(
+            g: jax.Array,
+            nu_row: jax.Array,
+            nu_col: jax.Array,
+            nu: jax.Array,
+            leaf_axes: MatrixAxes,
+        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
             arguments = {"decay": trees.scalar_for(decay, g), "eps": eps}
             if is_factored(leaf_axes, g.shape):
                 return *_factored_leaf(g, nu_row, nu_col, leaf_axes, **arguments), nu

@@ -17,19 +17,30 @@ Sources: You et al., LARS, arXiv 1708.03888, Algorithm 1; You et al., LAMB, arXi
 1804.04235, section 8 (relative step size).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, PyTree, Scalar
+from optaxplus.numerics.matrix_axes import MatrixAxes
 from optaxplus.numerics.norms import block_norm, block_rms
 from optaxplus.partition.inference import axes_of
 
 __all__ = ["scale_by_param_rms", "trust_ratio"]
 
 
-def _trust_ratio_leaf(u, p, axes, *, trust_coefficient, weight_decay, eps):
+def _trust_ratio_leaf(
+    u: jax.Array,
+    p: jax.Array,
+    axes: MatrixAxes,
+    *,
+    trust_coefficient: Scalar,
+    weight_decay: Scalar,
+    eps: Scalar,
+) -> jax.Array:
     wide, weights = trees.widen(u), trees.widen(p).astype(trees.compute_dtype(u.dtype))
     param_norm = block_norm(weights, axes)
     denominator = block_norm(wide, axes) + weight_decay * param_norm + eps
@@ -75,10 +86,12 @@ def trust_ratio(
         axes_of(name, axes, params)
         return optax.EmptyState()
 
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
         validation.check_params(name, params)
 
-        def leaf(u, p, leaf_axes):
+        def leaf(u: jax.Array, p: jax.Array, leaf_axes: MatrixAxes) -> jax.Array:
             return _trust_ratio_leaf(
                 u,
                 p,
@@ -118,10 +131,12 @@ def scale_by_param_rms(
         axes_of(name, axes, params)
         return optax.EmptyState()
 
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
         validation.check_params(name, params)
 
-        def leaf(u, p, leaf_axes):
+        def leaf(u: jax.Array, p: jax.Array, leaf_axes: MatrixAxes) -> jax.Array:
             weights = trees.widen(p).astype(trees.compute_dtype(u.dtype))
             scale = jnp.maximum(block_rms(weights, leaf_axes), min_rms)
             return trees.widen(u) * scale

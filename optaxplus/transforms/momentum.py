@@ -18,7 +18,7 @@ Sources: Polyak, Some methods of speeding up the convergence of iteration method
 at the stored point; Keller Jordan's Muon (2024) for the average.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,15 @@ class ScaleByMomentumState(NamedTuple):
     trace: PyTree  # like the parameters: the momentum buffer b
 
 
-def _momentum_leaf(g, trace, gain, *, momentum, nesterov):
+def _momentum_leaf(
+    g: jax.Array,
+    trace: jax.Array,
+    gain: jax.Array,
+    *,
+    momentum: Scalar,
+    nesterov: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """One leaf: (u, b)."""
     wide = trees.widen(g)
     b = momentum * trace.astype(wide.dtype) + gain * wide
     return (wide + momentum * b if nesterov else b), b.astype(trace.dtype)
@@ -95,7 +103,9 @@ def scale_by_momentum(
             jnp.zeros([], jnp.int32), trees.init_moment(name, params, mu_dtype)
         )
 
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, ScaleByMomentumState]:
         del params
         gain = jnp.where(state.count == 0, 1.0, 1.0 - dampening)
         updates, trace = trees.map_several(
@@ -126,7 +136,16 @@ class ScaleByEmaState(NamedTuple):
     mu: PyTree  # like the parameters: the average m
 
 
-def _ema_leaf(g, mu, *, b1, nesterov, scale_mu, scale_g):
+def _ema_leaf(
+    g: jax.Array,
+    mu: jax.Array,
+    *,
+    b1: Scalar,
+    nesterov: bool,
+    scale_mu: Scalar,
+    scale_g: Scalar,
+) -> tuple[jax.Array, jax.Array]:
+    """One leaf: (u, m). The scales are 1, or the bias corrections 1/(1 - β₁ᵗ)."""
     wide = trees.widen(g)
     m = mix(b1, mu.astype(wide.dtype), wide)
     if nesterov:
@@ -174,7 +193,9 @@ def scale_by_ema(
             jnp.zeros([], jnp.int32), trees.init_moment(name, params, mu_dtype)
         )
 
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, ScaleByEmaState]:
         del params
         count = trees.increment(state.count)
         scale_mu = scale_g = 1.0

@@ -17,6 +17,7 @@ training (Moonlight), arXiv 2502.16982, section 2.2; Bernstein and Newhouse, arX
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import optax
@@ -108,7 +109,9 @@ def orthogonalize_via_newton_schulz(
         _matrix_axes_of(name, axes, params)
         return optax.EmptyState()
 
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
         del params
 
         def orthogonalize(matrices: jax.Array) -> jax.Array:
@@ -120,7 +123,7 @@ def orthogonalize_via_newton_schulz(
                 eps=eps,
             )
 
-        def leaf(g, leaf_axes):
+        def leaf(g: jax.Array, leaf_axes: MatrixAxes) -> jax.Array:
             return map_matrices(orthogonalize, trees.widen(g), leaf_axes)
 
         return jax.tree.map(leaf, updates, _matrix_axes_of(name, axes, updates)), state
@@ -154,7 +157,9 @@ def scale_by_matrix_shape(
         _matrix_axes_of(name, axes, params)
         return optax.EmptyState()
 
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
         del params
 
         def scale(matrices: jax.Array) -> jax.Array:
@@ -162,7 +167,7 @@ def scale_by_matrix_shape(
             # An empty matrix has no ratio of sides, and nothing to scale.
             return matrices * (shape_scale(rows, columns) if matrices.size else 1.0)
 
-        def leaf(u, leaf_axes):
+        def leaf(u: jax.Array, leaf_axes: MatrixAxes) -> jax.Array:
             return map_matrices(scale, trees.widen(u), leaf_axes)
 
         return jax.tree.map(leaf, updates, _matrix_axes_of(name, axes, updates)), state

@@ -10,7 +10,7 @@ Sources: Bernstein et al., signSGD, arXiv 1802.04434; Chen et al., Symbolic disc
 of optimization algorithms, arXiv 2302.06675, Algorithm 2.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,9 @@ def scale_by_sign() -> optax.GradientTransformation:
         trees.check_floating("scale_by_sign", params)
         return optax.EmptyState()
 
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
         del params
         return jax.tree.map(lambda g: jnp.sign(trees.widen(g)), updates), state
 
@@ -50,7 +52,10 @@ class ScaleByLionState(NamedTuple):
     mu: PyTree  # like the parameters: the average m
 
 
-def _lion_leaf(g, mu, *, b1, b2):
+def _lion_leaf(
+    g: jax.Array, mu: jax.Array, *, b1: Scalar, b2: Scalar
+) -> tuple[jax.Array, jax.Array]:
+    """One leaf: (u, m)."""
     wide = trees.widen(g)
     m = mu.astype(wide.dtype)
     return jnp.sign(mix(b1, m, wide)), mix(b2, m, wide).astype(mu.dtype)
@@ -87,7 +92,9 @@ def scale_by_lion(
     def init_fn(params: PyTree) -> ScaleByLionState:
         return ScaleByLionState(trees.init_moment(name, params, mu_dtype))
 
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, ScaleByLionState]:
         del params
         updates, mu = trees.map_several(
             lambda g, m: _lion_leaf(g, m, b1=b1, b2=b2), 2, updates, state.mu
