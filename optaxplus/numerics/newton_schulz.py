@@ -50,7 +50,8 @@ def polar_factor(
 
     Returns:
       Shape of `x`, float32 (float64 for compute dtype "float64"). The result is the
-      same for x and for any positive multiple of it, up to rounding. A zero matrix
+      same for x and for any positive multiple of it whose entries are normal float32
+      numbers (largest entry 1e-34 to 1e37), up to rounding. A zero matrix
       gives zeros; one with a NaN or an infinity gives NaN throughout; singular values
       of 0 (rank deficiency) stay 0. A single row or column is normalised to a length
       inside the table's band.

@@ -2,8 +2,8 @@
 
 import optax
 
-from optaxplus import validation
-from optaxplus.custom_types import DTypeName, Scalar, ScalarOrSchedule
+from optaxplus import trees, validation
+from optaxplus.custom_types import DTypeName, PyTree, Scalar, ScalarOrSchedule
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.momentum import scale_by_momentum
 
@@ -66,7 +66,17 @@ def sgd(
         optax.scale_by_learning_rate(learning_rate),
     ]
     if isinstance(momentum, int | float) and momentum == 0:
-        links[1] = optax.identity()
+        links[1] = _no_momentum()
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         links[0] = optax.identity()
     return chain_in_float32(*links)
+
+
+def _no_momentum() -> optax.GradientTransformation:
+    """The identity, which refuses the parameters that the momentum would refuse."""
+
+    def init_fn(params: PyTree) -> optax.EmptyState:
+        trees.check_floating("sgd", params)
+        return optax.EmptyState()
+
+    return optax.GradientTransformation(init_fn, optax.identity().update)

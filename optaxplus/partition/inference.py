@@ -155,15 +155,23 @@ def _undecided_message(
         lines.append(f"  and {len(undecided) - 10} more")
     path, shape = undecided[0]
     rank = len(shape)
-    example = f"Rule(r{'^' + re.escape(path) + '$'!r}, "
-    if rank >= 2:
+    example = f"  Rule({'^' + re.escape(path) + '$'!r}, "
+    if rank >= 3:
         lines += [
             "Put a rule in front that says which axes are summed over (fan_in) and "
             "which index outputs (fan_out); the others count copies:",
-            f"  {example}MatrixAxes(({rank - 2},), ({rank - 1},)), 'hidden')"
+            f"{example}MatrixAxes(({rank - 2},), ({rank - 1},)), 'hidden')"
             "  # a stack of matrices",
-            f"  {example}MatrixAxes({tuple(range(rank - 1))}, ({rank - 1},)), 'hidden')"
+            f"{example}MatrixAxes({tuple(range(rank - 1))}, ({rank - 1},)), 'hidden')"
             "  # one matrix, all but the last axis summed over",
+            "and pass rules=(rule, *DEFAULT_RULES).",
+        ]
+    elif rank == 2:
+        lines += [
+            "Put a rule in front that says what the axes are:",
+            f"{example}MatrixAxes((), (1,)), 'vector')  # a stack of vectors",
+            f"{example}MatrixAxes((), (0, 1)), 'vector')  # one vector",
+            f"{example}MatrixAxes((0,), (1,)), 'hidden')  # a matrix",
             "and pass rules=(rule, *DEFAULT_RULES).",
         ]
     else:

@@ -83,6 +83,11 @@ def _matrix(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     return _MATRIX if len(shape) == 2 else None
 
 
+def _unnamed_matrix(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
+    """(in, out), unless it is a bias: a stack or heads that nothing decided."""
+    return None if re.search(_BIAS, path) else _matrix(path, shape, siblings)
+
+
 def _table(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes:
     """(entries, features): the input is a one-hot vector over the entries."""
     return _MATRIX if len(shape) >= 2 else MatrixAxes((), tuple(range(len(shape))))
@@ -164,27 +169,29 @@ def _default(pattern: str, axes: MatrixAxes | AxesFunction, role: str) -> Rule:
     return Rule(pattern, axes, role, required=False)
 
 
+_BIAS = r"(^|/)(bias|b|beta)$"
 _EMBEDDING = (
-    r"(^|/)(embedding|embeddings|embed|emb|wte|wpe|tok_emb\w*|token_emb\w*|pos_emb\w*"
-    r"|position_emb\w*|positional_emb\w*|cls|cls_token)(/(weight|w|table))?$"
+    r"(^|/)(\w*embeddings?|embed|embed_tokens|emb|wte|wpe|tok_emb\w*|token_emb\w*"
+    r"|pos_emb\w*|position_emb\w*|positional_emb\w*|pos\w*_table|cls|cls_token)"
+    r"(/(weight|w|table))?$"
 )
 _HEAD = (
-    r"(^|/)(lm_head|head|unembed\w*|readout|classifier|logits\w*|output_head)"
+    r"(^|/)(lm_head|head|unembed\w*|embed_out|readout|classifier|logits\w*|output_head)"
     r"(/(kernel|weight|w))?$"
 )
 
 # Names decide the role first; shapes are read from evidence before names, because
 # evidence speaks of the parameter at hand and a name of what is usual.
 DEFAULT_RULES: tuple[Rule, ...] = (
-    _default(_EMBEDDING, _table, "embedding"),
     _default(_HEAD, _matrix, "head"),
+    _default(_EMBEDDING, _table, "embedding"),
     _default(r"(^|/)(scale|gain|gamma)$", _norm, "vector"),
-    _default(r"(^|/)(bias|b|beta)$", _bias, "vector"),
+    _default(_BIAS, _bias, "vector"),
     _default(r"(^|/)(query|key|value)/bias$", _attention_bias, "vector"),
     _default(r"(^|/)kernel$", _kernel, "hidden"),
     _default(r"(^|/)(query|key|value)/kernel$", _attention_in, "hidden"),
     _default(r"(^|/)out/kernel$", _attention_out, "hidden"),
     _default(r"(^|/)\w*[Cc]onv\w*/kernel$", _convolution, "hidden"),
-    _default(r"", _matrix, "hidden"),
+    _default(r"", _unnamed_matrix, "hidden"),
     _default(r"", _vector, "vector"),
 )

@@ -76,8 +76,10 @@ def _factored_leaf(
     columns = to_matrices(trees.widen(nu_col), axes)
     rows = mix(decay, rows, _row_means(squares, axes))
     columns = mix(decay, columns, squares.mean(axis=-2, keepdims=True))
-    # The two factors one after the other: their product may underflow.
-    row_scale = jax.lax.rsqrt(rows / rows.mean(axis=-2, keepdims=True))
+    # The two factors one after the other: their product may underflow. A sum that
+    # overflowed says nothing of its rows any more: inf / inf would be NaN.
+    mean = rows.mean(axis=-2, keepdims=True)
+    row_scale = jnp.where(jnp.isinf(mean), 0.0, jax.lax.rsqrt(rows / mean))
     if axes.splits:
         row_scale = jnp.repeat(row_scale, np.asarray(axes.splits), axis=-1)
     updates = matrices * row_scale * jax.lax.rsqrt(columns)
@@ -124,7 +126,8 @@ def factored_rms(
 
     Returns:
       A transformation with state `FactoredRmsState`; emits float32. A zero gradient
-      gives a zero update.
+      gives a zero update. Where squared gradients overflow float32 (|g| > 1.8e19) the
+      update of the coordinate, or of the whole factored matrix, is 0 from then on.
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not real floating
@@ -149,13 +152,15 @@ def factored_rms(
         def init_leaf(
             zeros: jax.Array, leaf_axes: MatrixAxes
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            unused = _reduced(zeros, tuple(range(zeros.ndim)))
+            everything = tuple(range(zeros.ndim))
             if not is_factored(leaf_axes, zeros.shape):
-                return unused, unused, zeros
+                # Two arrays, not one twice: a donated buffer can be given only once.
+                return _reduced(zeros, everything), _reduced(zeros, everything), zeros
             rows = _reduced(zeros, leaf_axes.fan_out)
             if leaf_axes.splits:
                 rows = jnp.repeat(rows, len(leaf_axes.splits), leaf_axes.fan_out[0])
-            return rows, _reduced(zeros, leaf_axes.fan_in), unused
+            columns = _reduced(zeros, leaf_axes.fan_in)
+            return rows, columns, _reduced(zeros, everything)
 
         rows, columns, full = trees.map_several(
             init_leaf, 3, nu, axes_of(name, axes, params)

@@ -47,7 +47,7 @@ class ScaleByMomentumState(NamedTuple):
 def _momentum_leaf(
     g: jax.Array,
     trace: jax.Array,
-    gain: jax.Array,
+    gain: Scalar,
     *,
     momentum: Scalar,
     nesterov: bool,
@@ -110,7 +110,11 @@ def scale_by_momentum(
         gain = jnp.where(state.count == 0, 1.0, 1.0 - dampening)
         updates, trace = trees.map_several(
             lambda g, b: _momentum_leaf(
-                g, b, gain.astype(b.dtype), momentum=momentum, nesterov=nesterov
+                g,
+                b,
+                trees.scalar_for(gain, g),
+                momentum=momentum,
+                nesterov=nesterov,
             ),
             2,
             updates,

@@ -1,0 +1,459 @@
+"""The polar factor by Newton-Schulz: bands, scale, batches, and what it multiplies."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optaxplus.numerics import COEFFICIENT_TABLES, polar_factor
+from optaxplus.numerics.coefficients import resolve_coefficients
+from tests.references import matrix
+from tests.references.golden import (
+    GOLDEN_POLAR_CASES,
+    POLAR_DECIMALS,
+    POLAR_MATRIX,
+    GoldenPolarCase,
+)
+
+STEPS = {name: max(5, len(table.rows)) for name, table in COEFFICIENT_TABLES.items()}
+SHAPES = [(4, 6), (6, 4), (5, 5), (1, 7), (7, 1)]
+
+# Singular values that these tables leave of [1e-3, 1], in exact arithmetic.
+BANDS = {
+    "polar_express": (0.859, 1.141),
+    "jordan": (0.471, 1.202),
+    "you": (0.475, 1.145),
+    "cans": (0.839, 1.113),
+    "deepseek": (1.0000, 1.0005),
+}
+
+
+def gaussian(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def with_two_singular_values(small: np.ndarray, seed: int = 0) -> np.ndarray:
+    """(len(small), 2, 3): Frobenius norm 1, smaller singular values as given."""
+    rng = np.random.default_rng(seed)
+    left = np.linalg.qr(rng.standard_normal((len(small), 2, 2)))[0]
+    right = np.linalg.qr(rng.standard_normal((len(small), 3, 3)))[0]
+    values = np.stack([np.sqrt(1 - small**2), small], axis=-1)
+    return np.einsum("bij,bj,bjk->bik", left, values, right[:, :2])
+
+
+def singular_values(x: jax.Array) -> np.ndarray:
+    return np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
+
+
+def in_float64(x: np.ndarray, **arguments) -> np.ndarray:
+    with jax.enable_x64(True):
+        arguments = {"compute_dtype": "float64", **arguments}
+        return np.asarray(polar_factor(jnp.asarray(x, jnp.float64), **arguments))
+
+
+# Agreement
+
+
+@pytest.mark.parametrize("case", GOLDEN_POLAR_CASES, ids=lambda case: case.name)
+def test_golden_numbers(case: GoldenPolarCase):
+    # The numbers were made with ‖G‖ + 1e-7; ours adds a share of the norm.
+    eps = 1e-7 / np.linalg.norm(POLAR_MATRIX)
+    rows = case.ns_coeffs
+    if rows is None:  # The exact factor: a table that converges, and then converges.
+        rows = COEFFICIENT_TABLES["deepseek"].rows + ((1.875, -1.25, 0.375),) * 3
+    result = in_float64(
+        np.array(POLAR_MATRIX), ns_coeffs=rows, ns_steps=len(rows), eps=eps
+    )
+    # Half a unit of the last decimal printed, and a little for float64.
+    atol = 0.505 * 10.0**-POLAR_DECIMALS
+    np.testing.assert_allclose(result, case.expected, rtol=0, atol=atol)
+
+
+# Rounding errors are amplified by the slope of the composed polynomial: 500 to 1000 at
+# 0 for five steps, as much near 1 for "cans", 8e4 at 0 for ten steps of "deepseek".
+AMPLIFICATION = {name: 1e3 for name in BANDS} | {"cubic": 10, "deepseek": 8e4}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, (4, 6)) for name in COEFFICIENT_TABLES]
+    + [("polar_express", shape) for shape in SHAPES[1:]],
+)
+def test_reference(name: str, shape: tuple[int, int]):
+    x = gaussian(1, shape)
+    rows = resolve_coefficients("test", name, STEPS[name])
+    expected = matrix.newton_schulz(x, rows, eps=0)
+    arguments = {"ns_coeffs": name, "ns_steps": STEPS[name], "eps": 0.0}
+    result = in_float64(x, **arguments)
+    # Some ten roundings of 1e-16, amplified.
+    atol = 2e-15 * AMPLIFICATION[name]
+    np.testing.assert_allclose(result, expected, rtol=0, atol=atol)
+    result = polar_factor(jnp.float32(x), compute_dtype="float32", **arguments)
+    assert result.dtype == jnp.float32
+    # The same for roundings of 6e-8; "deepseek" converges, which damps them.
+    atol = 1e-6 * min(AMPLIFICATION[name], 1e3)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=atol)
+
+
+def test_default_is_polar_express_in_bfloat16():
+    x = jnp.float32(gaussian(2, (4, 8)))
+    explicit = polar_factor(
+        x, ns_steps=5, ns_coeffs="polar_express", compute_dtype="bfloat16", eps=1e-7
+    )
+    np.testing.assert_array_equal(polar_factor(x), explicit)
+
+
+# Bands
+
+# 64 matrices whose singular values cover [1e-3, 1].
+SMALL = np.geomspace(1.001e-3, 0.7, 64)
+
+
+@pytest.mark.parametrize("name", BANDS)
+@pytest.mark.parametrize("compute_dtype", ["float64", "float32"])
+def test_bands(name: str, compute_dtype: str):
+    x = with_two_singular_values(SMALL)
+    arguments = {"ns_coeffs": name, "ns_steps": STEPS[name]}
+    if compute_dtype == "float64":
+        values = singular_values(in_float64(x, **arguments))
+    else:
+        x = jnp.float32(x)
+        values = singular_values(polar_factor(x, compute_dtype="float32", **arguments))
+    low, high = BANDS[name]
+    # Half a unit of the last decimal of the band; roundings of 1e-7, amplified by 500
+    # or less where a singular value still grows.
+    slack = (1e-4 if name == "deepseek" else 6e-4) + 1e-4
+    assert values.min() >= low - slack
+    assert values.max() <= high + slack
+    # The band is used, so that a table that does something else cannot pass.
+    if name != "deepseek":
+        assert values.max() >= high - 2e-2
+
+
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", BANDS)
+def test_bands_in_low_precision(name: str, compute_dtype: str):
+    # Rounding a matrix of norm 1 to bfloat16 moves its singular values by up to
+    # 2^-9 = 2e-3, so only those above 2e-2 can be told from noise in a dense matrix; a
+    # diagonal one has its singular values rounded one by one.
+    dense = with_two_singular_values(np.geomspace(2e-2, 0.7, 32))
+    diagonal = np.stack([np.sqrt(1 - SMALL**2), SMALL], axis=-1)[..., None] * np.eye(2)
+    # One bfloat16 rounding is 2^-9 = 2e-3 of a value near 1, and each of the last rows
+    # amplifies what reaches it two- to threefold. Measured: up to 0.027.
+    slack = 0.04
+    low, high = BANDS[name]
+    for x in (dense, diagonal):
+        values = singular_values(
+            polar_factor(
+                jnp.float32(x),
+                ns_coeffs=name,
+                ns_steps=STEPS[name],
+                compute_dtype=compute_dtype,
+            )
+        )
+        if name != "cans":  # Noise takes single values of it down to 0.3, see its row.
+            assert values.min() >= low - slack
+        assert values.min() > 0.2
+        assert values.max() <= high + slack
+
+
+@pytest.mark.parametrize("name", COEFFICIENT_TABLES)
+def test_singular_vectors_stay(name: str):
+    x = gaussian(3, (4, 6))
+    u, s, vh = np.linalg.svd(x, full_matrices=False)
+    s = s / np.linalg.norm(s)
+    for a, b, c in resolve_coefficients("test", name, STEPS[name]):
+        s = a * s + b * s**3 + c * s**5
+    result = in_float64(x, ns_coeffs=name, ns_steps=STEPS[name], eps=0.0)
+    # Ten roundings of 1e-16, amplified.
+    np.testing.assert_allclose(
+        result, (u * s) @ vh, rtol=0, atol=2e-15 * AMPLIFICATION[name]
+    )
+
+
+# Scale
+
+
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("power", [-100, -14, 15, 100])
+def test_powers_of_two_change_no_bit(compute_dtype: str, power: int):
+    x = jnp.float32(gaussian(4, (3, 5)))
+    expected = polar_factor(x, compute_dtype=compute_dtype)
+    scaled = polar_factor(x * 2.0**power, compute_dtype=compute_dtype)
+    np.testing.assert_array_equal(scaled, expected)
+
+
+# Rounding 1e30·x differs from rounding x, by 2^-9, 2^-11 and 2^-24 of every entry. The
+# slope of "you" is at most 8 for singular values above 0.1 (that of "polar_express" is
+# 220, so that noise may move a value anywhere inside its band); a few of them add up.
+SCALE_TOLERANCE = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 3e-6}
+
+
+@pytest.mark.parametrize("compute_dtype", SCALE_TOLERANCE)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scale_does_not_matter(compute_dtype: str, scale: float):
+    x = jnp.float32(gaussian(5, (3, 6)))
+    arguments = {"compute_dtype": compute_dtype, "ns_coeffs": "you"}
+    expected = polar_factor(x, **arguments)
+    assert np.abs(expected).max() > 0.3
+    np.testing.assert_allclose(
+        polar_factor(x * scale, **arguments),
+        expected,
+        rtol=0,
+        atol=SCALE_TOLERANCE[compute_dtype],
+    )
+
+
+def test_scale_does_not_matter_in_float64():
+    x = gaussian(6, (3, 6))
+    # Roundings of 1e-16, amplified by at most 1e3.
+    for scale in (1e-300, 1e300):
+        np.testing.assert_allclose(in_float64(x * scale), in_float64(x), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "powers"), [("float16", (-6, 14)), ("bfloat16", (-100, 120))]
+)
+def test_scale_of_low_precision_gradients_does_not_matter(dtype: str, powers):
+    # The largest and the smallest power of two at which all entries stay normal numbers
+    # (float16), or nearly so.
+    x = jnp.asarray(gaussian(7, (3, 5)), dtype)
+    expected = polar_factor(x)
+    assert expected.dtype == jnp.float32
+    for power in powers:
+        scaled = (x.astype(jnp.float32) * 2.0**power).astype(dtype)
+        assert jnp.isfinite(scaled).all()
+        np.testing.assert_array_equal(polar_factor(scaled), expected)
+
+
+# Invariances
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transpose(shape: tuple[int, int]):
+    x = gaussian(8, shape)
+    # Both sides of a square matrix are iterated on as they are; other shapes take the
+    # same path, bit for bit. Roundings of 1e-16, amplified by 1e3.
+    np.testing.assert_allclose(in_float64(x.T), in_float64(x).T, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
+def test_orthogonal_change_of_basis(shape: tuple[int, int]):
+    x = gaussian(9, shape)
+    left = np.linalg.qr(gaussian(10, (shape[0],) * 2))[0]
+    right = np.linalg.qr(gaussian(11, (shape[1],) * 2))[0]
+    # Roundings of 1e-16, amplified by 1e3.
+    np.testing.assert_allclose(
+        in_float64(left @ x @ right), left @ in_float64(x) @ right, rtol=0, atol=1e-12
+    )
+
+
+def test_permutations_and_signs():
+    x = gaussian(12, (3, 5))
+    rows, columns, signs = [2, 0, 1], [4, 1, 3, 0, 2], np.array([1, -1, 1, 1, -1])
+    # Sums in another order: roundings of 1e-16, amplified by 1e3.
+    np.testing.assert_allclose(
+        in_float64(x[rows][:, columns] * signs),
+        in_float64(x)[rows][:, columns] * signs,
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "compute_dtype"),
+    [((2, 2, 4, 6), "float32"), ((3, 5, 5), "float32"), ((2, 2, 4, 6), "bfloat16")],
+)
+def test_batch_is_its_slices(shape: tuple[int, ...], compute_dtype: str):
+    scales = np.logspace(-20, 20, int(np.prod(shape[:-2]))).reshape(*shape[:-2], 1, 1)
+    x = jnp.float32(gaussian(13, shape) * scales)
+    batched = polar_factor(x, compute_dtype=compute_dtype)
+    slices = jax.lax.map(
+        lambda one: polar_factor(one, compute_dtype=compute_dtype),
+        x.reshape(-1, *shape[-2:]),
+    ).reshape(shape)
+    # Float32 sums in another order; where that moves a rounding to bfloat16, 2^-9.
+    atol = 5e-6 if compute_dtype == "float32" else 2e-2
+    np.testing.assert_allclose(batched, slices, rtol=0, atol=atol)
+
+
+def test_symmetric_positive_matrices_go_to_the_identity():
+    root = gaussian(14, (4, 4))
+    result = in_float64(root @ root.T + np.eye(4), ns_coeffs="deepseek", ns_steps=10)
+    # "deepseek" leaves singular values within 5e-4 of 1.
+    np.testing.assert_allclose(result, np.eye(4), rtol=0, atol=1e-3)
+
+
+# Limits
+
+
+@pytest.mark.parametrize("name", BANDS)
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16", "float32"])
+def test_rank_one_is_no_edge(name: str, compute_dtype: str):
+    # The one singular value is 1 after normalising and may be rounded to more.
+    x = gaussian(20, (64, 3, 1)) @ gaussian(21, (64, 1, 4))
+    result = polar_factor(
+        jnp.float32(x),
+        ns_coeffs=name,
+        ns_steps=STEPS[name],
+        compute_dtype=compute_dtype,
+    )
+    values = singular_values(result)[:, 0]
+    low, high = BANDS[name]
+    # As in low precision above.
+    assert values.min() >= low - 0.04
+    assert values.max() <= high + 0.04
+
+
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_zero_stays_zero(dtype: str, compute_dtype: str):
+    x = jnp.zeros((2, 3, 4), dtype)
+    result = polar_factor(x, compute_dtype=compute_dtype, eps=0.0)
+    assert result.dtype == jnp.float32
+    np.testing.assert_array_equal(result, np.zeros((2, 3, 4)))
+
+
+def test_zero_in_a_batch_does_not_touch_the_others():
+    x = jnp.float32(gaussian(15, (2, 3, 4)))
+    result = polar_factor(x.at[0].set(0.0), compute_dtype="float32")
+    np.testing.assert_array_equal(result[0], np.zeros((3, 4)))
+    np.testing.assert_array_equal(
+        result[1], polar_factor(x, compute_dtype="float32")[1]
+    )
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_missing_directions_stay_missing(rank: int):
+    x = gaussian(16, (4, rank)) @ gaussian(17, (rank, 5))
+    values = singular_values(in_float64(x))
+    low, high = BANDS["polar_express"]
+    assert values[:rank].min() >= low - 1e-3
+    assert values[:rank].max() <= high + 1e-3
+    # Float64 zeros are 1e-16, amplified by 1e3.
+    assert values[rank:].max() < 1e-12
+
+
+@pytest.mark.parametrize("name", BANDS)
+@pytest.mark.parametrize("shape", [(1, 6), (6, 1), (1, 1)])
+def test_a_single_row_is_normalised(name: str, shape: tuple[int, int]):
+    x = jnp.float32(gaussian(18, shape)) * 1e-3
+    result = polar_factor(
+        x, ns_coeffs=name, ns_steps=STEPS[name], compute_dtype="float32"
+    )
+    length = np.linalg.norm(result)
+    low, high = BANDS[name]
+    # The band is printed with three decimals.
+    assert low - 1e-3 <= length <= high + 1e-3
+    # Float32 roundings.
+    np.testing.assert_allclose(
+        result / length, x / jnp.linalg.norm(x), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 2, 3), (2, 0, 3), (0, 0)])
+def test_empty_stays_empty(shape: tuple[int, ...]):
+    result = polar_factor(jnp.zeros(shape, jnp.bfloat16))
+    assert (result.shape, result.dtype) == (shape, jnp.float32)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16", "float32"])
+def test_one_bad_entry_makes_its_matrix_nan(value: float, compute_dtype: str):
+    x = jnp.float32(gaussian(19, (2, 3, 4))).at[0, 1, 2].set(value)
+    result = np.asarray(polar_factor(x, compute_dtype=compute_dtype))
+    assert np.isnan(result[0]).all()
+    assert np.isfinite(result[1]).all()
+
+
+# What is multiplied
+
+
+def products(function, *arguments) -> list[tuple[set[str], str]]:
+    """(operand dtypes, result dtype) of every dot_general in the program."""
+    return [
+        (
+            {variable.aval.dtype.name for variable in equation.invars},
+            equation.outvars[0].aval.dtype.name,
+        )
+        for equation in jax.make_jaxpr(function)(*arguments).eqns
+        if equation.primitive is jax.lax.dot_general_p
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("compute_dtype", "ns_steps"), [("bfloat16", 5), ("float16", 3), ("float32", 2)]
+)
+def test_products_have_narrow_operands_and_wide_results(
+    dtype: str, compute_dtype: str, ns_steps: int
+):
+    x = jax.ShapeDtypeStruct((2, 4, 6), dtype)
+    found = products(
+        lambda x: polar_factor(x, compute_dtype=compute_dtype, ns_steps=ns_steps), x
+    )
+    assert found == [({compute_dtype}, "float32")] * (3 * ns_steps)
+
+
+def test_compiled_products_have_narrow_operands():
+    # What XLA is given, before a CPU without bfloat16 units widens it for itself.
+    lowered = jax.jit(polar_factor).lower(jax.ShapeDtypeStruct((4, 6), "float32"))
+    lines = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+    assert len(lines) == 15
+    for line in lines:
+        operands, result = line.rsplit("->", 1)
+        assert operands.count("xbf16>") == 2
+        assert "xf32>" in result
+
+
+@pytest.mark.parametrize("shape", [(4, 16), (16, 4)])
+def test_gram_matrices_are_formed_on_the_short_side(shape: tuple[int, int]):
+    jaxpr = jax.make_jaxpr(polar_factor)(jax.ShapeDtypeStruct(shape, "float32"))
+    results = [
+        equation.outvars[0].aval.shape
+        for equation in jaxpr.eqns
+        if equation.primitive is jax.lax.dot_general_p
+    ]
+    assert results == [(4, 4), (4, 4), (4, 16)] * 5
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("x", "arguments", "message"),
+    [
+        (jnp.ones((2, 3), jnp.int32), {}, "polar_factor: x of dtype int32 is not"),
+        (jnp.ones((2, 3), jnp.complex64), {}, "x of dtype complex64 .* real floating"),
+        (jnp.ones((2, 3)), {"compute_dtype": "int8"}, "compute_dtype='int8' is not"),
+        (jnp.ones((2, 3)), {"compute_dtype": "half-ish"}, "compute_dtype='half-ish'"),
+        (jnp.ones((2, 3)), {"compute_dtype": None}, "compute_dtype=None is not"),
+        (jnp.ones((2, 3)), {"ns_steps": 2.5}, "polar_factor: ns_steps=2.5 is not"),
+        (jnp.ones((2, 3)), {"eps": True}, "polar_factor: eps=True is not allowed"),
+        (jnp.ones((2, 3)), {"eps": "small"}, "polar_factor: eps='small' is not"),
+    ],
+)
+def test_wrong_types_are_refused(x, arguments, message: str):
+    with pytest.raises(TypeError, match=message):
+        polar_factor(x, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "arguments", "message"),
+    [
+        (jnp.ones(3), {}, r"x of shape \(3,\) is not allowed; .* at least two axes"),
+        (jnp.ones(()), {}, r"polar_factor: x of shape \(\) is not allowed"),
+        (jnp.ones((2, 3)), {"ns_coeffs": "nope"}, "polar_factor: ns_coeffs='nope'"),
+        (jnp.ones((2, 3)), {"ns_steps": 6}, "polar_factor: ns_steps=6 is not allowed"),
+        (jnp.ones((2, 3)), {"eps": -1e-7}, "eps=-1e-07 is not allowed; .* >= 0"),
+        (jnp.ones((2, 3)), {"eps": float("nan")}, "polar_factor: eps=nan is not"),
+    ],
+)
+def test_wrong_values_are_refused(x, arguments, message: str):
+    with pytest.raises(ValueError, match=message):
+        polar_factor(x, **arguments)
+
+
+def test_traced_steps_are_refused():
+    with pytest.raises(TypeError, match="ns_steps shapes the compiled program"):
+        jax.jit(lambda steps: polar_factor(jnp.ones((2, 3)), ns_steps=steps))(5)

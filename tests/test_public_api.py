@@ -1,0 +1,303 @@
+"""What is public, how it is documented, and who imports whom."""
+
+import ast
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import optaxplus as ox
+from tests.cases import CASES
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "optaxplus"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Lowest first; each may import those before it and its own siblings.
+LAYERS = (
+    "validation",
+    "numerics",
+    "custom_types",
+    "trees",
+    "partition",
+    "sharding",
+    "transforms",
+    "optimizers",
+)
+# `precision` wraps any transformation, and only named optimizers import it.
+PRECISION_IMPORTS = {"validation", "numerics", "custom_types", "trees", "partition"}
+# `report` looks at anything; the root says what is public.
+ABOVE_ALL = {"report", "__init__", "__main__"}
+# Imported by the functions that need them, where those are called.
+HEAVY = {"flax", "matplotlib", "orbax", "rich"}
+
+
+def public(module: Any) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in module.__all__}
+
+
+FUNCTIONS = {
+    name: value
+    for module in (ox, ox.numerics, ox.partition)
+    for name, value in public(module).items()
+    if inspect.isfunction(value)
+}
+FACTORIES = {
+    name: value
+    for name, value in FUNCTIONS.items()
+    if value.__module__.split(".")[1] in ("transforms", "optimizers")
+}
+
+each_function = pytest.mark.parametrize("name", sorted(FUNCTIONS))
+each_factory = pytest.mark.parametrize("name", sorted(FACTORIES))
+each_module = pytest.mark.parametrize(
+    "path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE))
+)
+
+
+# Names
+
+
+def isort_key(name: str) -> tuple[int, str]:
+    """Constants, then classes, then functions, as ruff sorts imports."""
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2), name
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "optaxplus",
+        *(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "optaxplus.")),
+    ],
+)
+def test_all_is_sorted_and_importable(module: str) -> None:
+    loaded = importlib.import_module(module)
+    if not hasattr(loaded, "__all__"):
+        assert loaded.__file__.endswith("__init__.py") or module.endswith("__main__")
+        return
+    assert list(loaded.__all__) == sorted(set(loaded.__all__), key=isort_key)
+    for name in loaded.__all__:
+        assert getattr(loaded, name) is not None
+
+
+def test_the_root_exports_all_that_transforms_and_optimizers_define() -> None:
+    missing = set()
+    for package in ("transforms", "optimizers"):
+        for info in pkgutil.iter_modules([str(PACKAGE / package)]):
+            module = importlib.import_module(f"optaxplus.{package}.{info.name}")
+            missing |= {
+                name
+                for name, value in public(module).items()
+                if inspect.isfunction(value) or inspect.isclass(value)
+            } - set(ox.__all__)
+    assert not missing
+
+
+def test_nothing_public_is_left_out_of_all() -> None:
+    modules = {"numerics", "partition"}
+    names = {
+        name
+        for name, value in vars(ox).items()
+        if not name.startswith("_") and (name in modules or not inspect.ismodule(value))
+    }
+    assert (
+        names
+        == set(ox.__all__)
+        - {name for name in ox.__all__ if inspect.ismodule(getattr(ox, name))}
+        | modules
+    )
+
+
+# Wrappers and plumbing, which are not rows of the table of cases.
+NOT_RULES = {"chain_in_float32"}
+
+
+def test_every_factory_has_a_row_in_the_table() -> None:
+    assert {case.factory.__name__ for case in CASES} == FACTORIES.keys() - NOT_RULES
+
+
+# Signatures
+
+
+@each_function
+def test_docstring(name: str) -> None:
+    doc = inspect.getdoc(FUNCTIONS[name])
+    parameters = inspect.signature(FUNCTIONS[name]).parameters
+    assert doc, name
+    assert doc.split("\n")[0].endswith((".", "…")), doc.split("\n")[0]
+    if "Arguments and errors as in" in doc:
+        return
+    assert "Returns:" in doc
+    if parameters:
+        described = doc.partition("Args:\n")[2]
+        for parameter in parameters:
+            assert re.search(rf"^  \*{{0,2}}{parameter}:", described, re.M), parameter
+
+
+@each_factory
+def test_factory_signature(name: str) -> None:
+    parameters = inspect.signature(FACTORIES[name]).parameters.values()
+    named = FACTORIES[name].__module__.startswith("optaxplus.optimizers")
+    for parameter in parameters:
+        # optax.inject_hyperparams would take a callable default for a schedule.
+        assert not callable(parameter.default) or (
+            parameter.default is inspect.Parameter.empty
+        ), parameter
+        assert parameter.annotation is not inspect.Parameter.empty, parameter
+        if named:
+            first = parameter.name == "learning_rate"
+            kinds = inspect.Parameter
+            wanted = kinds.POSITIONAL_OR_KEYWORD if first else kinds.KEYWORD_ONLY
+            assert parameter.kind is wanted, parameter
+
+
+# (optimizer, argument): why its default differs from that of the link.
+DIFFERENT_DEFAULTS = {
+    ("lamb", "eps"): "the paper's, in TensorFlow Addons and optax",
+    ("lars", "trust_coefficient"): "LARS's own; the link's default is LAMB's",
+    ("muon", "b1"): "Muon's momentum is slower than Adam's",
+    ("muon", "nesterov"): "Muon's momentum is Nesterov's",
+    ("sgd", "momentum"): "plain unless asked for, as in PyTorch and optax",
+    ("adafactor", "b1"): "no momentum unless asked for, as in the paper",
+}
+
+
+def links_of(name: str) -> set[str]:
+    """The factories that a named optimizer calls, in any function of its module."""
+    tree = ast.parse(inspect.getsource(FACTORIES[name]))
+    called = {
+        node.func.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    return called & FACTORIES.keys() - NOT_RULES
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        name
+        for name, value in FACTORIES.items()
+        if value.__module__.startswith("optaxplus.optimizers")
+    ),
+)
+def test_defaults_equal_those_of_the_links(name: str) -> None:
+    ours = inspect.signature(FACTORIES[name]).parameters
+    links = links_of(name)
+    assert links
+    different = set()
+    for link in links:
+        # muon chains Adam for the other parameters, under names of its own.
+        theirs = inspect.signature(FACTORIES[link]).parameters
+        if name == "muon" and link == "scale_by_adam":
+            continue
+        for argument in (ours.keys() & theirs.keys()) - {"axes", "eps_root"}:
+            if ours[argument].default != theirs[argument].default:
+                different.add((name, argument))
+    expected = {key for key in DIFFERENT_DEFAULTS if key[0] == name}
+    assert different == expected
+
+
+# Imports
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Dotted names of everything that is imported anywhere below a node."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@each_module
+def test_layers(path: Path) -> None:
+    layer = layer_of(path)
+    needed = {
+        name.split(".")[1]
+        for name in imports(ast.parse(path.read_text()))
+        if name.startswith("optaxplus.")
+    }
+    if layer in ABOVE_ALL:
+        return
+    if layer == "precision":
+        allowed = PRECISION_IMPORTS
+    else:
+        allowed = set(LAYERS[: LAYERS.index(layer)])
+        allowed |= {"precision"} if layer == "optimizers" else set()
+    assert needed <= allowed | {layer}
+
+
+@each_module
+def test_imports_are_public_and_light(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    for name in imports(tree):
+        assert "._src" not in f".{name}", name
+        assert name != "optaxplus" or layer_of(path) in ABOVE_ALL
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    inside = {
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, functions)
+        for name in imports(node)
+    }
+    at_module_level = {name.split(".")[0] for name in imports(tree) - inside}
+    assert not at_module_level & HEAVY
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(
+        path
+        for folder in ("optaxplus", "tests", "examples", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    ),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_files_stay_readable(path: Path) -> None:
+    if "references" not in path.parts:
+        assert len(path.read_text().splitlines()) < 500
+    assert ast.get_docstring(ast.parse(path.read_text())), "says what it is for"
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, json, optaxplus; "
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout
+    loaded = set(json.loads(output))
+    assert "optax" in loaded
+    assert not loaded & HEAVY
+
+
+def test_top_level_of_the_repository() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    folders = {"optaxplus", "tests", "examples", "benchmarks"}
+    files = {"pyproject.toml", "README.md", "LICENSE"}
+    assert {name for name in top if not name.startswith(".")} <= folders | files
