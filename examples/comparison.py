@@ -6,6 +6,7 @@ The question is always the same: how soon is a run as good as AdamW ever was?
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import platform
 from importlib import metadata
@@ -78,6 +79,7 @@ def results(runs: dict[str, Run], arguments: argparse.Namespace) -> dict[str, An
         "device": device(),
         "versions": versions(),
         "seed": arguments.seed,
+        "date": datetime.date.today().isoformat(),
         "arguments": vars(arguments) | {"out": str(arguments.out)},
     }
 

@@ -91,8 +91,10 @@ def adamw(
 # benchmarks/results/train_gpt_learning_rates.json has them. The others are reasonable,
 # but hardly tuned.
 RECIPES = {
-    "adamw": Recipe(2e-3, partial(adamw, b2=0.95, weight_decay=0.1)),
-    "muon": Recipe(4e-3, partial(ox.muon, adamw_b2=0.99, weight_decay=0.1)),
+    "adamw": Recipe(2e-3, partial(adamw, clip_norm=1.0, b2=0.95, weight_decay=0.1)),
+    "muon": Recipe(
+        4e-3, partial(ox.muon, clip_norm=1.0, adamw_b2=0.99, weight_decay=0.1)
+    ),
     "sgd": Recipe(0.3, partial(ox.sgd, momentum=0.9, nesterov=True)),
     "adam": Recipe(2e-3, partial(ox.adam, b2=0.95)),
     "lion": Recipe(4e-4, partial(ox.lion, weight_decay=0.5)),

@@ -11,10 +11,12 @@ axes (`Axes`)
     to one matrix. One `MatrixAxes` for every parameter, a pytree of them (a prefix
     of the parameters' tree is enough; entries at masked leaves are ignored), a
     function from the parameters to such a pytree, or None, which infers them from
-    names and shapes with `optaxplus.partition.DEFAULT_RULES`.
+    names and shapes with `optaxplus.partition.DEFAULT_RULES`. Static if a function:
+    `optax.inject_hyperparams` would call it as a schedule.
 mask (`Mask`)
     A pytree of bools, a prefix of the parameters' tree, or a function from the
-    parameters to one, as in `optax.masked`. True where the step applies.
+    parameters to one, as in `optax.masked`. True where the step applies. Static if a
+    function, as `axes`.
 mu_dtype, nu_dtype (`DTypeName`)
     The floating-point dtype in which first and second moments are stored; the
     arithmetic is float32 whatever it is. "float32", the default whatever the

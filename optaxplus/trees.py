@@ -86,6 +86,7 @@ def real_dtype(dtype: Any) -> jnp.dtype:
 
 def widen(x: jax.Array) -> jax.Array:
     """`x` in the dtype of the arithmetic."""
+    x = jnp.asarray(x)
     return x.astype(compute_dtype(x.dtype))
 
 
@@ -106,7 +107,12 @@ def increment(count: jax.Array) -> jax.Array:
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """Each leaf of `tree` in the dtype of the same leaf of `like`."""
-    return jax.tree.map(lambda x, reference: x.astype(reference.dtype), tree, like)
+
+    def cast(x: jax.Array, reference: jax.Array) -> jax.Array:
+        dtype = jnp.result_type(reference)
+        return x if x.dtype == dtype else x.astype(dtype)
+
+    return jax.tree.map(cast, tree, like)
 
 
 def map_several(
@@ -168,9 +174,10 @@ def _moment_dtype(
     function: str, param: jax.Array, dtype: DTypeName, real: bool
 ) -> jnp.dtype:
     dtype = jnp.dtype(dtype)
-    is_complex = jnp.issubdtype(param.dtype, jnp.complexfloating)
+    param_dtype = jnp.result_type(param)
+    is_complex = jnp.issubdtype(param_dtype, jnp.complexfloating)
     if dtype == jnp.float32:
-        wide = compute_dtype(param.dtype)
+        wide = compute_dtype(param_dtype)
         return real_dtype(wide) if real else wide
     if not is_complex or real:
         return dtype
@@ -194,5 +201,6 @@ def check_floating(function: str, params: PyTree, *, real: bool = False) -> None
             raise TypeError(
                 f"{function}: parameter {path!r} of dtype {jnp.result_type(leaf)} is "
                 f"not allowed; it must be {'real ' if real else ''}floating point. "
-                "Mask it away (optax.masked), or give it the role 'frozen'."
+                "Mask it away (optax.masked); optaxplus.muon leaves parameters of the "
+                "role 'frozen' alone."
             )

@@ -44,7 +44,9 @@ def _check_number(
         return
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool | np.bool_) or not isinstance(
+        value, int | float | np.floating | np.integer
+    ):
         _refuse(TypeError, function, argument, value, f"it must be {allowed}")
     if not accept(float(value)):
         _refuse(ValueError, function, argument, value, f"it must be {allowed}")

@@ -93,7 +93,7 @@ def test_hyperparameters_rounded_by_optax_stay_finite(case: Case) -> None:
         updates, state = run(
             tx,
             problems.cast(params, dtype),
-            [problems.cast(g, dtype) for g in (zeros, *grads)],
+            [problems.cast(g, dtype) for g in (*[zeros] * 3, *grads)],
         )
         assert_finite((updates, state.inner_state))
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -119,7 +118,8 @@ def test_there_has_to_be_something_to_resume(tmp_path):
 
 
 @pytest.mark.slow
-def test_small_finishes_in_a_minute(tmp_path):
-    began = time.perf_counter()
+def test_small_learns(tmp_path):
     finish(start(tmp_path, "--steps", "small", "--width", "128"))
-    assert time.perf_counter() - began < 60
+    for run in results(tmp_path)["runs"].values():
+        # A byte drawn from the frequencies of bytes in the text costs 3.16 nats.
+        assert run["validation"][-1][1] < 3.16

@@ -184,7 +184,7 @@ def test_parameters_that_do_not_float_are_refused(dtype: str):
     params = {"layer": [jnp.ones(2), jnp.ones(2, dtype)]}
     message = (
         f"test: parameter 'layer/1' of dtype {dtype} is not allowed; it must be "
-        r"floating point. Mask it away \(optax.masked\), or give it the role 'frozen'."
+        r"floating point. Mask it away \(optax.masked\); optaxplus.muon leaves"
     )
     for call in (
         lambda: trees.check_floating("test", params),

@@ -8,6 +8,7 @@ arithmetic, for inputs in [1e-3, 1]; bfloat16 products add about 1e-2.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from optaxplus import validation
@@ -127,7 +128,7 @@ def resolve_coefficients(
       ns_steps: Number of steps, >= 1.
 
     Raises:
-      TypeError: If `ns_steps` is not an integer.
+      TypeError: If `ns_steps` is not an integer, or `ns_coeffs` a JAX array.
       ValueError: If the name is unknown, the rows are not an (n, 3) table of finite
         numbers, or the number of steps does not fit the table.
     """
@@ -146,6 +147,12 @@ def resolve_coefficients(
                 "continue."
             )
         return (rows + rows[-1:] * max(0, ns_steps - size))[:ns_steps]
+    if isinstance(ns_coeffs, jax.Array):
+        raise TypeError(
+            f"{function}: ns_coeffs shapes the compiled program and must be a name or "
+            "Python numbers, but it is an array. Under optax.inject_hyperparams pass "
+            "static_args=('ns_coeffs',)."
+        )
     try:
         array = np.asarray(ns_coeffs, dtype=np.float64)
     except (TypeError, ValueError):

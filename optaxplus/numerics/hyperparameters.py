@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-__all__ = ["Scalar", "as_decay_rate", "as_epsilon"]
+__all__ = ["Scalar", "as_decay_rate", "as_epsilon", "is_zero"]
 
 Scalar = float | jax.Array
 
-# The largest float32 below 1, and the smallest normal one.
+# The largest float32 below 1, and an eps whose share in a moving average is still a
+# normal number.
 _LARGEST_DECAY = 1.0 - 2.0**-24
-_SMALLEST_EPSILON = 2.0**-126
+_SMALLEST_EPSILON = 1e-30
 
 
 def _as_wide_array(value: ArrayLike) -> jax.Array:
@@ -39,3 +40,8 @@ def as_epsilon(eps: ArrayLike) -> Scalar:
     if isinstance(eps, int | float):
         return eps
     return jnp.maximum(_as_wide_array(eps), _SMALLEST_EPSILON)
+
+
+def is_zero(value: ArrayLike) -> bool:
+    """Whether `value` is known to be 0 before the program runs: a Python number."""
+    return isinstance(value, int | float) and value == 0

@@ -23,7 +23,16 @@ from jax import lax
 from optaxplus import validation
 from optaxplus.numerics.coefficients import resolve_coefficients
 
-__all__ = ["polar_factor"]
+__all__ = ["check_compute_dtype", "polar_factor"]
+
+_COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def check_compute_dtype(function: str, compute_dtype: str) -> None:
+    """Refuses dtypes that the iteration is not made for."""
+    validation.check_floating_dtype(function, compute_dtype=compute_dtype)
+    name = jnp.dtype(compute_dtype).name
+    validation.check_choice(function, "compute_dtype", name, _COMPUTE_DTYPES)
 
 
 def polar_factor(
@@ -72,7 +81,7 @@ def polar_factor(
        [0. 1. 0.]]
     """
     rows = resolve_coefficients("polar_factor", ns_coeffs, ns_steps)
-    validation.check_floating_dtype("polar_factor", compute_dtype=compute_dtype)
+    check_compute_dtype("polar_factor", compute_dtype)
     validation.check_non_negative("polar_factor", eps=eps)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(

@@ -138,4 +138,5 @@ def adamw(
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
+        requires_params="adamw",
     )

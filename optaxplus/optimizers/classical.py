@@ -4,6 +4,7 @@ import optax
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import DTypeName, PyTree, Scalar, ScalarOrSchedule
+from optaxplus.numerics.hyperparameters import is_zero
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.momentum import scale_by_momentum
 
@@ -28,13 +29,13 @@ def sgd(
       learning_rate: See `optaxplus.custom_types`.
       momentum: Heavy-ball coefficient, in [0, 1). A constant gradient makes steps
         1 / (1 - momentum) times as long. 0 leaves the momentum, and with it the
-        dampening, out.
+        dampening and the state, out. Static if 0.
       nesterov: Whether to use Nesterov's step; needs momentum > 0, no dampening.
         Static.
       dampening: Reduces the weight of the gradient in the momentum from the second
         step on, to 1 - dampening.
       weight_decay: Coefficient of the parameters added to the gradient. >= 0. Other
-        than 0 it makes `update` need params.
+        than 0 it makes `update` need params. Static if 0.
       mu_dtype: Dtype of the momentum, see `optaxplus.custom_types`. Static.
 
     Returns:
@@ -57,19 +58,17 @@ def sgd(
     """
     validation.check_learning_rate("sgd", learning_rate)
     validation.check_non_negative("sgd", weight_decay=weight_decay)
+    # Made in any case, so that its arguments are checked.
     heavy_ball = scale_by_momentum(
         momentum, nesterov=nesterov, dampening=dampening, mu_dtype=mu_dtype
     )
-    links = [
-        optax.add_decayed_weights(weight_decay),
-        heavy_ball,
+    decays = not is_zero(weight_decay)
+    return chain_in_float32(
+        optax.add_decayed_weights(weight_decay) if decays else optax.identity(),
+        _no_momentum() if is_zero(momentum) else heavy_ball,
         optax.scale_by_learning_rate(learning_rate),
-    ]
-    if isinstance(momentum, int | float) and momentum == 0:
-        links[1] = _no_momentum()
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
-        links[0] = optax.identity()
-    return chain_in_float32(*links)
+        requires_params="sgd" if decays else None,
+    )
 
 
 def _no_momentum() -> optax.GradientTransformation:

@@ -71,6 +71,7 @@ def adafactor(
     validation.check_learning_rate("adafactor", learning_rate)
     validation.check_flag("adafactor", multiply_by_param_rms=multiply_by_param_rms)
     validation.check_non_negative("adafactor", weight_decay=weight_decay)
+    validation.check_positive("adafactor", clip_threshold=clip_threshold)
     return chain_in_float32(
         factored_rms(
             decay_rate=decay_rate,
@@ -84,4 +85,5 @@ def adafactor(
         optax.identity() if b1 is None else scale_by_ema(b1, mu_dtype=mu_dtype),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
+        requires_params="adafactor",
     )

@@ -61,6 +61,7 @@ def lars(
         ),
         optax.scale_by_learning_rate(learning_rate),
         scale_by_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
+        requires_params="lars",
     )
 
 
@@ -115,4 +116,5 @@ def lamb(
         optax.add_decayed_weights(weight_decay, mask),
         trust_ratio(axes=axes),
         optax.scale_by_learning_rate(learning_rate),
+        requires_params="lamb",
     )

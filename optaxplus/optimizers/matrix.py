@@ -15,6 +15,7 @@ from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.clipping import clip_by_global_norm
 from optaxplus.transforms.momentum import scale_by_ema
 from optaxplus.transforms.orthogonalized import (
+    SHAPE_SCALES,
     orthogonalize_via_newton_schulz,
     scale_by_matrix_shape,
 )
@@ -47,11 +48,12 @@ def muon(
     """Muon for hidden weight matrices, AdamW for everything else.
 
     Hidden matrices step along their orthogonalized momentum. Embeddings, output heads,
-    biases and norms go to AdamW; `print(ox.explain_routing(params))` shows which
-    parameter goes where. With the default `shape_scale` the updates of both groups
-    have the RMS that AdamW's have, so one learning rate and one weight decay serve
-    both, and those tuned for AdamW are a good start. State: 4 bytes per parameter in
-    hidden matrices, 8 elsewhere.
+    biases and norms go to AdamW. An output head is known by its name alone (`lm_head`,
+    `head`, `classifier`, `logits`, …), so print `ox.explain_routing(params)` once to
+    see which parameter goes where. With the default `shape_scale` the updates of both
+    groups have the RMS that AdamW's have, so one learning rate and one weight decay
+    serve both, and those tuned for AdamW are a good start. State: 4 bytes per parameter
+    in hidden matrices, 8 elsewhere.
 
     Settings that reproduce other implementations, for the matrices (all with
     ns_coeffs="jordan"):
@@ -64,7 +66,13 @@ def muon(
     torch.optim.Muon    "keller"          learning_rate=1e-3
      match_rms_adamw    "match_adamw"     learning_rate=1e-3
     Moonlight           "match_adamw"     learning_rate=1e-3
+    Dion's Muon         "spectral"        learning_rate=0.01, weight_decay=0.01,
+                                          nesterov=False
     ==================  ================  =====================================
+
+    `optax.contrib.muon` corrects the bias of its momentum, which changes the direction
+    of Nesterov's step in the first steps: chain `scale_by_ema(nesterov=True,
+    debias=True)` instead.
 
     Args:
       learning_rate: See `optaxplus.custom_types`.
@@ -127,7 +135,10 @@ def muon(
     )
     validation.check_learning_rate(name, learning_rate)
     validation.check_learning_rate(name, adamw_learning_rate, "adamw_learning_rate")
-    validation.check_decay_rate(name, adamw_b1=adamw_b1, adamw_b2=adamw_b2)
+    validation.check_decay_rate(name, b1=b1, adamw_b1=adamw_b1, adamw_b2=adamw_b2)
+    validation.check_choice(name, "shape_scale", shape_scale, SHAPE_SCALES)
+    if clip_norm is not None:
+        validation.check_positive(name, clip_norm=clip_norm)
     validation.check_positive(name, adamw_eps=adamw_eps)
     validation.check_non_negative(
         name, weight_decay=weight_decay, adamw_weight_decay=adamw_weight_decay
@@ -170,7 +181,7 @@ def muon(
             optax.masked(clip, trainable), optax.partition(groups, lambda _: labels)
         )
 
-    return chain_in_float32(route(build, rules))
+    return chain_in_float32(route(build, rules), requires_params=name)
 
 
 def _transformations_of(

@@ -58,4 +58,5 @@ def lion(
         scale_by_lion(b1, b2, mu_dtype=mu_dtype),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
+        requires_params="lion",
     )

@@ -47,8 +47,25 @@ class Decision(NamedTuple):
     rule: Rule
 
 
+def check_rules(function: str, rules: Any) -> tuple[Rule, ...]:
+    """Refuses anything but a sequence of rules, and returns it as a tuple."""
+    allowed = "it must be a sequence of Rule, such as (*mine, *DEFAULT_RULES)"
+    if not isinstance(rules, Sequence) or isinstance(rules, str):
+        raise TypeError(f"{function}: rules={rules!r} is not allowed; {allowed}.")
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TypeError(
+                f"{function}: rules={rule!r} is not allowed; every entry must be a "
+                "Rule. Put your own in front: (*mine, *DEFAULT_RULES)."
+            )
+    return tuple(rules)
+
+
 def decide(
-    function: str, params: PyTree, rules: Sequence[Rule] = DEFAULT_RULES
+    function: str,
+    params: PyTree,
+    rules: Sequence[Rule] = DEFAULT_RULES,
+    remedy: str = "rules=(rule, *DEFAULT_RULES)",
 ) -> list[Decision]:
     """Applies the rules to every parameter, in the order of the tree's leaves.
 
@@ -57,19 +74,14 @@ def decide(
       params: Tree of arrays or abstract arrays. Empty nodes (None, `MaskedNode`) are
         passed over.
       rules: Ordered rules; the first that matches a parameter decides it.
+      remedy: The argument that takes the rule which the message of an error suggests.
 
     Raises:
       TypeError: If `rules` holds anything but rules.
       ValueError: If a parameter is undecided, the axes of a rule do not fit it, or a
         required rule matches nothing.
     """
-    rules = tuple(rules)
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise TypeError(
-                f"{function}: rules={rule!r} is not allowed; every entry must be a "
-                "Rule. Put your own in front: (*mine, *DEFAULT_RULES)."
-            )
+    rules = check_rules(function, rules)
     leaves = [
         (path, jax.numpy.shape(leaf), jax.numpy.result_type(leaf))
         for path, leaf in trees.leaves_with_paths(params)
@@ -84,7 +96,7 @@ def decide(
         else:
             decisions.append(decision)
     if undecided:
-        raise ValueError(_undecided_message(function, undecided, not siblings))
+        raise ValueError(_undecided_message(function, undecided, not siblings, remedy))
     if leaves:
         _check_required(function, rules, [path for path, _, _ in leaves])
     return decisions
@@ -101,11 +113,22 @@ def _parent(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def _siblings(leaves: Iterable[tuple[str, tuple[int, ...], Any]]):
-    siblings: dict[str, dict[str, tuple[int, ...]]] = {}
+def _siblings(
+    leaves: Iterable[tuple[str, tuple[int, ...], Any]],
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """For every module, the shapes in it by name and in its neighbours by "../path"."""
+    inside: dict[str, dict[str, tuple[int, ...]]] = {}
+    around: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, shape, _ in leaves:
-        siblings.setdefault(_parent(path), {})[path.rpartition("/")[2]] = shape
-    return siblings
+        module, _, name = path.rpartition("/")
+        inside.setdefault(module, {})[name] = shape
+        if module:
+            outer, _, inner = module.rpartition("/")
+            around.setdefault(outer, {})[f"../{inner}/{name}"] = shape
+    return {
+        module: names | (around.get(_parent(module), {}) if module else {})
+        for module, names in inside.items()
+    }
 
 
 def _first_match(
@@ -145,7 +168,10 @@ def _fit(
 
 
 def _undecided_message(
-    function: str, undecided: Sequence[tuple[str, tuple[int, ...]]], masked: bool
+    function: str,
+    undecided: Sequence[tuple[str, tuple[int, ...]]],
+    masked: bool,
+    remedy: str,
 ) -> str:
     lines = [
         f"{function}: no rule decides what these parameters are:",
@@ -164,7 +190,7 @@ def _undecided_message(
             "  # a stack of matrices",
             f"{example}MatrixAxes({tuple(range(rank - 1))}, ({rank - 1},)), 'hidden')"
             "  # one matrix, all but the last axis summed over",
-            "and pass rules=(rule, *DEFAULT_RULES).",
+            f"and pass {remedy}.",
         ]
     elif rank == 2:
         lines += [
@@ -172,10 +198,10 @@ def _undecided_message(
             f"{example}MatrixAxes((), (1,)), 'vector')  # a stack of vectors",
             f"{example}MatrixAxes((), (0, 1)), 'vector')  # one vector",
             f"{example}MatrixAxes((0,), (1,)), 'hidden')  # a matrix",
-            "and pass rules=(rule, *DEFAULT_RULES).",
+            f"and pass {remedy}.",
         ]
     else:
-        lines.append("Put a rule for it in front: rules=(rule, *DEFAULT_RULES).")
+        lines.append(f"Put a rule for it in front: {remedy}.")
     if masked:
         lines.append(
             "Part of the tree is masked away, so nothing beside a parameter counts as "
@@ -213,9 +239,12 @@ def infer_matrix_axes(params: PyTree, rules: Sequence[Rule] = DEFAULT_RULES) -> 
 
     Example:
       >>> import jax, optaxplus as ox
-      >>> params = {"query": {"kernel": jax.ShapeDtypeStruct((64, 4, 16), "float32")}}
-      >>> ox.infer_matrix_axes(params)
-      {'query': {'kernel': MatrixAxes(fan_in=(0,), fan_out=(1, 2), splits=())}}
+      >>> params = {
+      ...     "kernel": jax.ShapeDtypeStruct((64, 4, 16), "float32"),
+      ...     "bias": jax.ShapeDtypeStruct((4, 16), "float32"),
+      ... }
+      >>> ox.infer_matrix_axes(params)["kernel"]
+      MatrixAxes(fan_in=(0,), fan_out=(1, 2), splits=())
     """
     decisions = decide("infer_matrix_axes", params, rules)
     return trees.unflatten_like(params, [decision.axes for decision in decisions])
@@ -294,9 +323,9 @@ def axes_of(function: str, axes: Axes, tree: PyTree) -> PyTree:
         undecided.
     """
     if axes is None:
-        axes = trees.unflatten_like(
-            tree, [d.axes for d in decide(function, tree, DEFAULT_RULES)]
-        )
+        remedy = "axes=optaxplus.infer_matrix_axes(params, (rule, *DEFAULT_RULES))"
+        decisions = decide(function, tree, DEFAULT_RULES, remedy)
+        axes = trees.unflatten_like(tree, [d.axes for d in decisions])
     elif callable(axes):
         axes = axes(tree)
     try:

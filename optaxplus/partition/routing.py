@@ -7,7 +7,7 @@ import optax
 
 from optaxplus import trees
 from optaxplus.custom_types import PyTree
-from optaxplus.partition.inference import decide
+from optaxplus.partition.inference import check_rules, decide
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
 
 __all__ = ["route"]
@@ -34,6 +34,7 @@ def route(
       are passed on.
 
     Raises:
+      TypeError: If `rules` is no sequence of rules.
       ValueError: At `init`, as in `optaxplus.infer_matrix_axes`.
 
     Example:
@@ -46,6 +47,7 @@ def route(
       ... )
       >>> state = tx.init({"w": jnp.ones((4, 8)), "b": jnp.ones(8)})
     """
+    rules = check_rules("route", rules)
 
     def transformation(tree: PyTree) -> optax.GradientTransformationExtraArgs:
         decisions = decide("route", tree, rules)

@@ -29,7 +29,9 @@ class Rule:
         of the parameter, such as "block_0/attn/query/kernel".
       axes: The `MatrixAxes`, or a function (path, shape, siblings) -> `MatrixAxes`,
         or None to decline. `siblings` maps names to shapes of the arrays beside the
-        parameter, itself included; it is empty where part of the tree is masked away.
+        parameter ("bias") and of those in and beside neighbouring modules
+        ("../norm/scale"), itself included; it is empty where part of the tree is
+        masked away.
       role: "hidden" (weight matrices), "embedding", "head", "vector", "other",
         "frozen" (never updated), or a word of your own, which becomes the label.
       required: Whether it is an error that the pattern matches no parameter, so that
@@ -89,7 +91,7 @@ def _unnamed_matrix(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes |
 
 
 def _table(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes:
-    """(entries, features): the input is a one-hot vector over the entries."""
+    """(*stack, in, out); the input of an embedding is one-hot over its entries."""
     return _MATRIX if len(shape) >= 2 else MatrixAxes((), tuple(range(len(shape))))
 
 
@@ -106,6 +108,8 @@ def _stack_rank(kernel: Shape, bias: Shape) -> int | None:
     both. None where the two shapes allow both readings, or neither.
     """
     readings = set()
+    if len(bias) > len(kernel):
+        return None
     if bias == kernel[len(kernel) - len(bias) :]:
         readings.add(0)
     if len(bias) >= 2 and bias[0] == kernel[0]:
@@ -116,9 +120,14 @@ def _stack_rank(kernel: Shape, bias: Shape) -> int | None:
 
 
 def _kernel(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """A kernel of rank >= 3 as its bias tells: (*stack, *in, *out)."""
+    """A kernel of rank >= 3 as its bias tells: (*stack, *in, *out).
+
+    Without a bias, a norm with a stacked scale beside it tells a stack of matrices.
+    """
     bias = siblings.get("bias")
-    if len(shape) < 3 or bias is None or not bias:
+    if len(shape) == 3 and bias is None and _is_stacked(shape, siblings):
+        return MatrixAxes((1,), (2,))
+    if len(shape) < 3 or not bias:
         return None
     stack = _stack_rank(shape, bias)
     if stack is None:
@@ -143,26 +152,58 @@ def _bias(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     return None if stack is None else MatrixAxes((), tuple(range(stack, len(shape))))
 
 
+def _is_stacked(shape: Shape, siblings: Siblings) -> bool:
+    """Whether a neighbouring norm has one scale for each of shape[0] layers."""
+    return any(
+        path.startswith("../") and path.endswith("/scale") and scale[:-1] == shape[:1]
+        for path, scale in siblings.items()
+    )
+
+
+def _has_heads(siblings: Siblings) -> bool:
+    """Whether query, value and out fit together as projections onto heads.
+
+    (features, heads, head_dim) and (heads, head_dim, features) share heads and
+    head_dim; two stacks of layers share their first axis. False where both readings
+    are possible.
+    """
+    query, out = (siblings.get(f"../{name}/kernel", ()) for name in ("query", "out"))
+    value = siblings.get("../value/kernel", query)
+    if min(len(query), len(value), len(out)) < 3:
+        return False
+    fits_heads = query[-2] == out[-3] and value[-1] == out[-2]
+    fits_layers = len(out) == 3 and query[0] == out[0]
+    return fits_heads and not fits_layers
+
+
 def _attention_bias(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     """(heads, head_dim), one vector; with a leading axis, a stack of them."""
-    return MatrixAxes((), (-2, -1)) if len(shape) >= 2 else None
+    is_heads = len(shape) >= 2 and _has_heads(siblings)
+    return MatrixAxes((), (-2, -1)) if is_heads else None
 
 
 def _attention_in(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     """(features, heads, head_dim), or a stack of those."""
-    return MatrixAxes((-3,), (-2, -1)) if len(shape) >= 3 else None
+    is_heads = len(shape) >= 3 and _has_heads(siblings)
+    return MatrixAxes((-3,), (-2, -1)) if is_heads else None
 
 
 def _attention_out(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     """(heads, head_dim, features), or a stack of those."""
-    return MatrixAxes((-3, -2), (-1,)) if len(shape) >= 3 else None
+    is_heads = len(shape) >= 3 and _has_heads(siblings)
+    return MatrixAxes((-3, -2), (-1,)) if is_heads else None
 
 
 def _convolution(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """(*window, in, out): every window position and input channel is summed over."""
-    if len(shape) < 3:
+    """(*window, in, out): every window position and input channel is summed over.
+
+    Without a bias, rank 5 may be a window of three dimensions or a stack of images'
+    convolutions, and is declined.
+    """
+    if not 3 <= len(shape) <= 4 or "bias" in siblings:
         return None
-    return MatrixAxes(tuple(range(len(shape) - 1)), (-1,))
+    first = 1 if _is_stacked(shape, siblings) else 0
+    return MatrixAxes(tuple(range(first, len(shape) - 1)), (-1,))
 
 
 def _default(pattern: str, axes: MatrixAxes | AxesFunction, role: str) -> Rule:
@@ -170,6 +211,7 @@ def _default(pattern: str, axes: MatrixAxes | AxesFunction, role: str) -> Rule:
 
 
 _BIAS = r"(^|/)(bias|b|beta)$"
+_NORM = r"(^|/)(\w*norm\w*|ln(_?\w+)?)(/(weight|w))?$"
 _EMBEDDING = (
     r"(^|/)(\w*embeddings?|embed|embed_tokens|emb|wte|wpe|tok_emb\w*|token_emb\w*"
     r"|pos_emb\w*|position_emb\w*|positional_emb\w*|pos\w*_table|cls|cls_token)"
@@ -181,11 +223,13 @@ _HEAD = (
 )
 
 # Names decide the role first; shapes are read from evidence before names, because
-# evidence speaks of the parameter at hand and a name of what is usual.
+# evidence speaks of the parameter at hand and a name of what is usual. An output head
+# is known by its name alone.
 DEFAULT_RULES: tuple[Rule, ...] = (
-    _default(_HEAD, _matrix, "head"),
+    _default(_HEAD, _table, "head"),
     _default(_EMBEDDING, _table, "embedding"),
     _default(r"(^|/)(scale|gain|gamma)$", _norm, "vector"),
+    _default(_NORM, _norm, "vector"),
     _default(_BIAS, _bias, "vector"),
     _default(r"(^|/)(query|key|value)/bias$", _attention_bias, "vector"),
     _default(r"(^|/)kernel$", _kernel, "hidden"),

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from optaxplus import trees
+from optaxplus import trees, validation
 from optaxplus.custom_types import PyTree
 
 __all__ = ["chain_in_float32"]
@@ -13,6 +13,7 @@ __all__ = ["chain_in_float32"]
 
 def chain_in_float32(
     *links: optax.GradientTransformation,
+    requires_params: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.chain` that computes in float32 and rounds once, at the end.
 
@@ -22,13 +23,18 @@ def chain_in_float32(
     float64 and complex leaves are computed in their own dtype.
 
     Args:
-      *links: Transformations whose state does not depend on the parameters' dtype, as
-        all of this library's. (optax's `trace` and `scale_by_adam` take the dtype of
-        the parameters unless they are given an accumulator dtype.)
+      *links: Transformations. State keeps the dtype that `init` gave it: float32 for
+        this library's links, that of the parameters for many of optax's unless they
+        are given an accumulator dtype.
+      requires_params: Name of the optimizer whose `update` needs params, to refuse a
+        call without them; None if it does not.
 
     Returns:
       A transformation whose update has the dtype of the gradient, with the state of
       `optax.chain`. Extra arguments reach the links that take them.
+
+    Raises:
+      ValueError: If `update` is called without the params that it requires.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox
@@ -43,10 +49,12 @@ def chain_in_float32(
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
+        if requires_params is not None:
+            validation.check_params(requires_params, params)
         wide_params = None if params is None else jax.tree.map(trees.widen, params)
-        wide, state = chain.update(
+        wide, new_state = chain.update(
             jax.tree.map(trees.widen, updates), state, wide_params, **extra_args
         )
-        return trees.cast_like(wide, updates), state
+        return trees.cast_like(wide, updates), trees.cast_like(new_state, state)
 
     return optax.GradientTransformationExtraArgs(chain.init, update_fn)

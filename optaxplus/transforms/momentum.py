@@ -26,7 +26,7 @@ import optax
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import DTypeName, PyTree, Scalar
-from optaxplus.numerics.hyperparameters import as_decay_rate
+from optaxplus.numerics.hyperparameters import as_decay_rate, is_zero
 from optaxplus.numerics.moving_averages import bias_correction, mix
 
 __all__ = [
@@ -91,7 +91,10 @@ def scale_by_momentum(
     validation.check_non_negative(name, dampening=dampening)
     validation.check_flag(name, nesterov=nesterov)
     validation.check_floating_dtype(name, mu_dtype=mu_dtype)
-    if nesterov and (_is_zero(momentum) or not _may_be_zero(dampening)):
+    if nesterov and (
+        is_zero(momentum)
+        or not (isinstance(dampening, jax.Array) or is_zero(dampening))
+    ):
         raise ValueError(
             f"{name}: nesterov=True is not allowed with momentum={momentum!r}, "
             f"dampening={dampening!r}; it needs momentum > 0 and dampening=0."
@@ -123,14 +126,6 @@ def scale_by_momentum(
         return updates, ScaleByMomentumState(trees.increment(state.count), trace)
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _is_zero(value: Scalar) -> bool:
-    return isinstance(value, int | float) and value == 0
-
-
-def _may_be_zero(value: Scalar) -> bool:
-    return not isinstance(value, int | float) or value == 0
 
 
 class ScaleByEmaState(NamedTuple):

@@ -26,7 +26,7 @@ from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, PyTree
 from optaxplus.numerics.coefficients import resolve_coefficients
 from optaxplus.numerics.matrix_axes import MatrixAxes, map_matrices
-from optaxplus.numerics.newton_schulz import polar_factor
+from optaxplus.numerics.newton_schulz import check_compute_dtype, polar_factor
 from optaxplus.partition.inference import axes_of
 
 __all__ = ["SHAPE_SCALES", "orthogonalize_via_newton_schulz", "scale_by_matrix_shape"]
@@ -101,7 +101,7 @@ def orthogonalize_via_newton_schulz(
     """
     name = "orthogonalize_via_newton_schulz"
     rows = resolve_coefficients(name, ns_coeffs, ns_steps)
-    validation.check_floating_dtype(name, compute_dtype=compute_dtype)
+    check_compute_dtype(name, compute_dtype)
     validation.check_non_negative(name, eps=eps)
 
     def init_fn(params: PyTree) -> optax.EmptyState:
@@ -124,7 +124,8 @@ def orthogonalize_via_newton_schulz(
             )
 
         def leaf(g: jax.Array, leaf_axes: MatrixAxes) -> jax.Array:
-            return map_matrices(orthogonalize, trees.widen(g), leaf_axes)
+            wide = trees.widen(g)
+            return map_matrices(orthogonalize, wide, leaf_axes).astype(wide.dtype)
 
         return jax.tree.map(leaf, updates, _matrix_axes_of(name, axes, updates)), state
 

@@ -9,7 +9,7 @@ from flax import nnx
 import optaxplus as ox
 from examples.gpt import GPT, GPTConfig
 from optaxplus import DEFAULT_RULES, MatrixAxes, Rule
-from tests.partition.routing_tables import routing
+from tests.partition.routing_tables import abstract, routing
 
 # What a module of each kind must be, read off its forward product by hand:
 # {name: (role, fan_in, fan_out)}.
@@ -159,20 +159,61 @@ def test_linen_scan_with_biases():
     )
 
 
-def test_linen_scan_without_biases_is_decided_or_refused():
+def test_linen_scan_without_biases_is_decided_by_its_norm():
     params = linen_params(scanned(Block, 5)(bias=False), jnp.ones((2, 8, 6)), None)
+    expected = stacked(
+        module("norm", NORM)
+        | attention("attention", bias=False)
+        | module("up", DENSE, bias=False)
+        | module("down", DENSE, bias=False)
+    )
+    assert routing(params) == expected
+    # Without the norm nothing tells a stack from a convolution.
+    del params["norm"]
     message = (
         r"(?s)'down/kernel' of shape \(5, 7, 6\).*'up/kernel' of shape \(5, 6, 7\)"
     )
     with pytest.raises(ValueError, match=message):
         routing(params)
     mine = Rule(r"(up|down)/kernel$", MatrixAxes((-2,), (-1,)), "hidden")
-    assert routing(params, (mine, *DEFAULT_RULES)) == stacked(
-        module("norm", NORM)
-        | attention("attention", bias=False)
-        | module("up", DENSE, bias=False)
-        | module("down", DENSE, bias=False)
-    )
+    norms = module("norm", NORM)
+    assert routing(params, (mine, *DEFAULT_RULES)) == {
+        path: row for path, row in expected.items() if path not in norms
+    }
+
+
+class Projections(nn.Module):
+    """Attention projections as plain Dense layers, LLaMA's way, to be scanned."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        for name in ("query", "key", "value", "out"):
+            x = nn.Dense(6, use_bias=False, name=name)(x)
+        return x, None
+
+
+def test_scanned_dense_projections_are_not_taken_for_heads():
+    params = linen_params(scanned(Projections, 4)(), jnp.ones((2, 6)), None)
+    with pytest.raises(ValueError, match=r"'query/kernel' of shape \(4, 6, 6\)"):
+        routing(params)
+
+
+def test_convolutions_without_biases_beside_norms():
+    shapes = {"Conv_0/kernel": (3, 3, 4, 8), "BatchNorm_0/scale": (8,)}
+    assert routing(abstract(shapes))["Conv_0/kernel"] == ("hidden", (0, 1, 2), (3,))
+    shapes = {"Conv_0/kernel": (5, 3, 4, 8), "BatchNorm_0/scale": (5, 8)}
+    assert routing(abstract(shapes))["Conv_0/kernel"] == ("hidden", (1, 2), (3,))
+    with pytest.raises(ValueError, match="'Conv_0/kernel' of shape"):
+        routing(abstract({"Conv_0/kernel": (5, 3, 3, 4, 8)}))
+
+
+def test_stacked_heads_and_norms_keep_their_role():
+    shapes = {"lm_head/kernel": (3, 6, 11), "ln_1": (3, 6), "attn_norm/weight": (3, 6)}
+    assert routing(abstract(shapes)) == {
+        "lm_head/kernel": ("head", (1,), (2,)),
+        "ln_1": ("vector", (), (1,)),
+        "attn_norm/weight": ("vector", (), (1,)),
+    }
 
 
 def test_as_many_layers_as_a_head_is_wide_is_refused_not_guessed():

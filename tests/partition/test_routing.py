@@ -362,3 +362,10 @@ def test_nnx_labels_reach_optax_partition():
     after = nnx.as_pure(nnx.state(model, nnx.Param))
     np.testing.assert_array_equal(after["up"]["kernel"], before["up"]["kernel"])
     assert np.abs(after["lm_head"]["kernel"] - before["lm_head"]["kernel"]).max() > 1e-3
+
+
+def test_rules_are_checked_at_construction():
+    with pytest.raises(TypeError, match=r"rules=Rule\(.*must be a sequence of Rule"):
+        ox.muon(0.1, rules=ox.Rule("w", ox.MatrixAxes((0,), (1,)), "hidden"))
+    with pytest.raises(TypeError, match="rules='x' is not allowed; every entry"):
+        ox.muon(0.1, rules=("x",))

@@ -109,11 +109,12 @@ def test_every_default_rule_is_optional_and_reached():
         "wte": (11, 6),
         "lm_head": (6, 11),
         "norm/scale": (6,),
+        "ln_1": (6,),
         "mlp/bias": (24,),
         "attention/query/bias": (2, 3),
         "wide/kernel": (6, 2, 3),
         "wide/bias": (2, 3),
-        "attention/query/kernel": (6, 2, 3, 1),
+        "attention/query/kernel": (6, 2, 3),
         "attention/out/kernel": (2, 3, 6),
         "Conv_0/kernel": (3, 3, 1, 6),
         "mlp/kernel": (6, 24),
@@ -158,6 +159,7 @@ def test_a_function_of_path_shape_and_siblings_may_decline():
         "w": "hidden",
     }
     beside = {"gate": (4, 5), "up": (4, 5)}
+    beside |= {f"../mlp/{name}": shape for name, shape in beside.items()}
     assert seen == [
         ("mlp/gate", (4, 5), beside),
         ("mlp/up", (4, 5), beside),

@@ -95,3 +95,39 @@ def test_params_are_optional_where_no_link_reads_them():
     updates, _ = tx.update(GRADS, tx.init(PARAMS))
     expected = jax.tree.map(lambda g: jnp.sign(g) * -0.1, GRADS)
     assert_trees_equal(updates, expected)
+
+
+def test_state_of_optax_links_keeps_its_dtype():
+    # optax.adamw stores its moments in the dtype of the parameters.
+    params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    tx = ox.muon(1e-3, fallback=optax.adamw(1e-3))
+    state = tx.init(params)
+    _, after = jax.eval_shape(tx.update, params, state, params)
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(
+        lambda x: x.dtype, state
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "tx"),
+    [
+        ("sgd", ox.sgd(0.1, weight_decay=0.1)),
+        ("adamw", ox.adamw(0.1)),
+        ("lion", ox.lion(0.1)),
+        ("lars", ox.lars(0.1)),
+        ("lamb", ox.lamb(0.1)),
+        ("adafactor", ox.adafactor(0.1)),
+        ("muon", ox.muon(0.1)),
+    ],
+)
+def test_missing_params_are_refused_under_the_name_of_the_optimizer(name, tx):
+    params = {"kernel": jnp.ones((4, 3))}
+    with pytest.raises(ValueError, match=rf"^{name}: params=None is not allowed"):
+        tx.update(params, tx.init(params))
+
+
+def test_python_numbers_are_parameters_too():
+    tx = ox.adamw(0.1)
+    updates, _ = tx.update({"a": 1.0}, tx.init({"a": 1.0}), {"a": 1.0})
+    assert updates["a"].dtype == jnp.float32

@@ -376,3 +376,18 @@ def test_masking_vectors_away():
     assert_trees_close(
         updates["d"]["kernel"], polar_factor(params["d"]["kernel"]), rtol=1e-6
     )
+
+
+def test_a_dtype_that_the_iteration_is_not_made_for_is_refused():
+    with pytest.raises(ValueError, match=r"compute_dtype='float8_e4m3fn'.*'bfloat16'"):
+        ox.orthogonalize_via_newton_schulz(compute_dtype="float8_e4m3fn")
+
+
+def test_traced_coefficients_name_the_remedy():
+    with pytest.raises(TypeError, match=r"static_args=\('ns_coeffs',\)"):
+        ox.orthogonalize_via_newton_schulz(ns_steps=1, ns_coeffs=jnp.ones((1, 3)))
+
+
+def test_an_undecided_leaf_names_the_argument_that_there_is():
+    with pytest.raises(ValueError, match=r"axes=optaxplus.infer_matrix_axes\(params"):
+        ox.orthogonalize_via_newton_schulz().init({"w": jnp.ones((2, 3, 4))})

@@ -1,0 +1,197 @@
+"""Which learning rate is best for each optimizer of `examples/train_gpt.py`?
+
+A comparison of optimizers is only worth as much as their tuning. Every optimizer gets
+the same number of trials on the job of the example, at its full length: the learning
+rates of a grid with a factor of two between neighbours, two decay rates of Adam's
+second moment, and the better of those with the gradient clipped to norm 1. The winner
+has the lowest last validation loss; it has to lie inside its grid, or the grid has to
+move.
+
+    python benchmarks/train_gpt_learning_rates.py
+    python benchmarks/train_gpt_learning_rates.py --optimizers adamw --steps 300
+
+Each trial is written to `--out` when it ends, and trials that are there are skipped:
+the script can be stopped and started again at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import train_gpt
+from comparison import device, versions
+from gpt import GPT, GPTConfig
+from text import standard_library
+from training_run import Interruption
+
+RESULTS = Path(__file__).parent / "results" / "train_gpt_learning_rates.json"
+# Neighbours differ by a factor of two. `variants` are further arguments; every learning
+# rate is tried with each of them, so the optimizers of one comparison have as many.
+CLIPPED = {"clip_norm": 1.0}
+ADAMW = ({"b2": 0.99}, {"b2": 0.95}, {"b2": 0.95} | CLIPPED)
+MUON = ({"adamw_b2": 0.99}, {"adamw_b2": 0.95}, {"adamw_b2": 0.99} | CLIPPED)
+GRIDS: dict[str, tuple[Sequence[float], Sequence[dict[str, float]]]] = {
+    "adamw": ((1e-3, 2e-3, 4e-3, 8e-3), ADAMW),
+    "muon": ((2e-3, 4e-3, 8e-3, 1.6e-2), MUON),
+    "sgd": ((0.1, 0.2, 0.4, 0.8), ({},)),
+    "adam": ((1e-3, 2e-3, 4e-3, 8e-3), ({},)),
+    "lion": ((1e-4, 2e-4, 4e-4, 8e-4), ({},)),
+    "lars": ((0.5, 1.0, 2.0, 4.0), ({},)),
+    "lamb": ((2.5e-3, 5e-3, 1e-2, 2e-2), ({},)),
+    "adafactor": ((5e-3, 1e-2, 2e-2, 4e-2), ({},)),
+}
+
+
+def trials(names: Sequence[str], steps: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Lists everything that is to be tried, as far as it is known in advance."""
+    for name in names:
+        rates, variants = GRIDS[name]
+        for variant in variants:
+            for rate in rates:
+                yield {
+                    "optimizer": name,
+                    "learning_rate": rate,
+                    "arguments": variant,
+                    "steps": steps,
+                    "seed": seed,
+                }
+
+
+def run_trial(trial: dict[str, Any], trainer: train_gpt.Trainer) -> dict[str, Any]:
+    """Trains once; returns the trial with what it gave."""
+    recipe = train_gpt.RECIPES[trial["optimizer"]]
+    recipe = train_gpt.Recipe(
+        trial["learning_rate"], partial(recipe.build, **trial["arguments"])
+    )
+    run = trainer.train(trial["optimizer"], recipe)
+    losses = [loss for _, loss in run.validation]
+    return trial | {
+        "final_validation_loss": losses[-1],
+        "best_validation_loss": min(losses),
+    }
+
+
+def is_same(trial: dict[str, Any], done: dict[str, Any]) -> bool:
+    """Whether a finished trial is the one that is wanted."""
+    return all(done[key] == value for key, value in trial.items())
+
+
+def job() -> dict[str, Any]:
+    """What every trial has in common; trials of another job are not comparable."""
+    return {
+        "width": train_gpt.WIDTH,
+        "depth": train_gpt.DEPTH,
+        "head_size": train_gpt.HEAD_SIZE,
+        "context": train_gpt.CONTEXT,
+        "batch": train_gpt.BATCH,
+        "warmup_share": train_gpt.WARMUP_SHARE,
+    }
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """Reads the trials that are there already."""
+    if not path.exists():
+        return []
+    document = json.loads(path.read_text())
+    if document["job"] != job():
+        sys.exit(
+            f"{path}: these trials are of another job ({document['job']}), which is "
+            f"now {job()}. Move the file away, or pass another --out."
+        )
+    return document["trials"]
+
+
+def save(done: list[dict[str, Any]], path: Path) -> None:
+    """Writes all trials, with what they were measured on."""
+    document = {
+        "job": job(),
+        "device": device(),
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "trials": done,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def print_table(done: list[dict[str, Any]], console: Console) -> None:
+    """Prints every trial and marks the best of each optimizer."""
+    table = Table("optimizer", "arguments", title="Last validation loss of each trial")
+    for title in ("learning rate", "steps", "seed", "loss", ""):
+        table.add_column(title, justify="right")
+    best: dict[str, float] = {}
+    for trial in done:
+        loss = trial["final_validation_loss"]
+        best[trial["optimizer"]] = min(loss, best.get(trial["optimizer"], loss))
+    for trial in done:
+        loss = trial["final_validation_loss"]
+        table.add_row(
+            trial["optimizer"],
+            " ".join(f"{key}={value}" for key, value in trial["arguments"].items()),
+            f"{trial['learning_rate']:g}",
+            str(trial["steps"]),
+            str(trial["seed"]),
+            f"{loss:.4f}",
+            "best" if loss == best[trial["optimizer"]] else "",
+        )
+    console.print(table)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=GRIDS,
+        default=["adamw", "muon"],
+        metavar="NAME",
+        help=f"of {', '.join(GRIDS)} (default: adamw muon)",
+    )
+    parser.add_argument("--steps", type=int, default=train_gpt.STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs the trials that are missing; returns the exit status."""
+    options = parse_arguments()
+    console = Console()
+    done = load(options.out)
+    config = GPTConfig(
+        width=train_gpt.WIDTH,
+        depth=train_gpt.DEPTH,
+        head_size=train_gpt.HEAD_SIZE,
+        context=train_gpt.CONTEXT,
+    )
+    task = train_gpt.Task(GPT(config), standard_library(), options.steps, options.seed)
+    with Interruption() as interruption:
+        trainer = train_gpt.Trainer(task, interruption, Console(quiet=True))
+        for trial in trials(options.optimizers, options.steps, options.seed):
+            if any(is_same(trial, other) for other in done):
+                continue
+            result = run_trial(trial, trainer)
+            if interruption.requested:
+                break
+            done.append(result)
+            save(done, options.out)
+            console.print(result)
+    print_table(done, console)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
