@@ -19,7 +19,7 @@ Tree = Any
 # bias, a norm, a scalar. Equal shapes spare compilations.
 MIXED_SHAPES: Mapping[str, Any] = {
     "embedding": (5, 4),
-    "attention": {"query": {"kernel": (2, 4, 3)}},
+    "attention": {"query": {"kernel": (2, 4, 3), "bias": (4, 3)}},
     "layers": {"kernel": (2, 4, 3), "bias": (2, 3)},
     "norm": {"scale": (4,)},
     "temperature": (),
@@ -28,7 +28,7 @@ MIXED_SHAPES: Mapping[str, Any] = {
 # The same without vectors, for what takes nothing but matrices.
 MATRIX_SHAPES: Mapping[str, Any] = {
     "dense": {"kernel": (5, 4)},
-    "attention": {"query": {"kernel": (2, 4, 3)}, "out": {"kernel": (2, 4, 3)}},
+    "attention": {"query": {"kernel": (2, 4, 3)}, "out": {"kernel": (4, 3, 2)}},
 }
 
 # Every degenerate shape: one row, one column, one number, nothing at all.

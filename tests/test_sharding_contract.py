@@ -22,13 +22,16 @@ each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 SHAPES = {
     "dense": {"kernel": (8, 4)},
-    "attention": {"out": {"kernel": (2, 2, 8)}},
+    "attention": {"query": {"kernel": (8, 2, 2)}, "out": {"kernel": (2, 2, 8)}},
 }
 VECTOR_SHAPES = {"norm": {"scale": (8,)}, "temperature": ()}
 # A mesh of one axis, on rows, columns and a vector in turn.
 SPECS = {
     "dense": {"kernel": P("data", None)},
-    "attention": {"out": {"kernel": P(None, None, "data")}},
+    "attention": {
+        "query": {"kernel": P("data", None, None)},
+        "out": {"kernel": P(None, None, "data")},
+    },
     "norm": {"scale": P("data")},
     "temperature": P(),
 }
