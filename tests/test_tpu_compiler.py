@@ -15,9 +15,9 @@ pytestmark = pytest.mark.tpu
 
 SHAPES = {
     "dense": {"kernel": (1024, 512), "bias": (512,)},
-    "attn": {"query": {"kernel": (1024, 8, 128)}},
+    "attn": {"query": {"kernel": (1024, 8, 128)}, "out": {"kernel": (8, 128, 1024)}},
 }
-LEAVES = 3
+LEAVES = 4
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_muon_multiplies_bfloat16_matrices_into_float32(params):
     products = re.findall(
         r" = (\w+)\[[^\n]*? convolution\(%([\w.-]+), %([\w.-]+)\)", text
     )
-    # Five steps of three products for each of the two matrices.
-    assert len(products) == 2 * 5 * 3
+    # Five steps of three products for each of the three matrices.
+    assert len(products) == 3 * 5 * 3
     for result, left, right in products:
         assert (result, dtype_of[left], dtype_of[right]) == ("f32", "bf16", "bf16")
