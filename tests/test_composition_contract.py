@@ -17,6 +17,7 @@ from tests.assertions import (
     assert_trees_equal,
 )
 from tests.cases import CASES, NAMED, Case
+from tests.trajectories import run
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -34,16 +35,6 @@ def shapes_of(case: Case) -> dict[str, Any]:
 def problem(case: Case, steps: int = 2):
     params = problems.normal_tree(shapes_of(case), seed=1)
     return params, problems.gradients(shapes_of(case), steps=steps)
-
-
-def run(tx, params, grads, *, update=None):
-    """Updates of every step, the parameters unchanged, and the last state."""
-    state = tx.init(params)
-    updates = []
-    for g in grads:
-        u, state = (update or tx.update)(g, state, params)
-        updates.append(u)
-    return updates, state
 
 
 def inject(case: Case, **options: Any):

@@ -24,6 +24,7 @@ from tests.assertions import (
     assert_trees_equal,
 )
 from tests.cases import CASES, LINKS, NAMED, Case
+from tests.trajectories import run
 
 DTYPES = ("float32", "bfloat16", "mixed")  # float16 among the mixed
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -37,16 +38,6 @@ def strict(case: Case):
             stack.enter_context(jax.numpy_dtype_promotion("strict"))
             stack.enter_context(jax.numpy_rank_promotion("raise"))
         yield
-
-
-def run(tx, params, grads, *, update=None):
-    """Updates of every step, the parameters unchanged, and the last state."""
-    state = tx.init(params)
-    updates = []
-    for g in grads:
-        u, state = (update or tx.update)(g, state, params)
-        updates.append(u)
-    return updates, state
 
 
 def params_and_gradients(case: Case, steps: int = 3, dtype: Any = "float32"):

@@ -1,5 +1,6 @@
-"""Runs a transformation over recorded gradients, compiled once for all steps."""
+"""Runs a transformation over recorded gradients, compiled for all steps or not."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,10 +52,10 @@ def updates_at(
         updates, state = tx.update(g, state, params)
         return state, updates
 
-    def run(params: PyTree, grads: PyTree):
+    def updates_of(params: PyTree, grads: PyTree):
         return jax.lax.scan(step, tx.init(params), grads)[1]
 
-    return jax.jit(run, compiler_options=_FAST_COMPILATION)(params, grads)
+    return jax.jit(updates_of, compiler_options=_FAST_COMPILATION)(params, grads)
 
 
 def follow_in_float64(
@@ -64,3 +65,19 @@ def follow_in_float64(
     with jax.enable_x64(True):
         arrays = [jnp.asarray(np.asarray(x, np.float64)) for x in (params, grads)]
         return np.asarray(follow(tx, *arrays)[0])
+
+
+def run(
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    grads: Sequence[PyTree],
+    *,
+    update: Callable[..., tuple[PyTree, PyTree]] | None = None,
+) -> tuple[list[PyTree], PyTree]:
+    """Updates of every step, the parameters unchanged, and the last state."""
+    state = tx.init(params)
+    updates = []
+    for g in grads:
+        u, state = (update or tx.update)(g, state, params)
+        updates.append(u)
+    return updates, state
