@@ -5,100 +5,65 @@ python benchmarks/readme.py --check   # fails if that would change anything
 """
 
 import argparse
+import inspect
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import optax
 
 import optaxplus as ox
 
+# A script's own folder, also where the tests load it by its path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from methods import FROM_OPTAX, METHODS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WRAPPERS = ("accumulate", "cautious", "chain_in_float32", "lookahead")
 MATRIX = {"dense": {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}}
-
-# Name, transformation, paper, when to use it. State is measured on a hidden matrix.
-METHODS: tuple[tuple[str, optax.GradientTransformation, str, str], ...] = (
-    (
-        "`sgd`",
-        ox.sgd(0.1),
-        "Robbins and Monro 1951",
-        "convolutional networks, convex problems",
-    ),
-    (
-        "`sgd(momentum=0.9)`",
-        ox.sgd(0.1, momentum=0.9),
-        "Polyak 1964; Nesterov 1983",
-        "the same, faster",
-    ),
-    (
-        "`adam`",
-        ox.adam(0.1),
-        "[arXiv 1412.6980](https://arxiv.org/abs/1412.6980)",
-        "without weight decay; `amsgrad`, `nesterov` by argument",
-    ),
-    (
-        "`adamw`",
-        ox.adamw(0.1),
-        "[arXiv 1711.05101](https://arxiv.org/abs/1711.05101)",
-        "the safe default for transformers",
-    ),
-    (
-        "`lion`",
-        ox.lion(0.1),
-        "[arXiv 2302.06675](https://arxiv.org/abs/2302.06675)",
-        "half of AdamW's state; learning rate 3 to 10 times smaller",
-    ),
-    (
-        "`lars`",
-        ox.lars(0.1),
-        "[arXiv 1708.03888](https://arxiv.org/abs/1708.03888)",
-        "convolutional networks with very large batches",
-    ),
-    (
-        "`lamb`",
-        ox.lamb(0.1),
-        "[arXiv 1904.00962](https://arxiv.org/abs/1904.00962)",
-        "transformers with very large batches",
-    ),
-    (
-        "`adafactor`",
-        ox.adafactor(0.1),
-        "[arXiv 1804.04235](https://arxiv.org/abs/1804.04235)",
-        "almost no state; steps relative to the parameters",
-    ),
-    (
-        "`muon`",
-        ox.muon(0.1),
-        "[Jordan et al. 2024](https://kellerjordan.github.io/posts/muon), "
-        "[arXiv 2502.16982](https://arxiv.org/abs/2502.16982)",
-        "transformers; AdamW for what is not a hidden matrix",
-    ),
-)
 
 
 def methods_table() -> str:
     """One row per named optimizer, with the measured bytes of state."""
     lines = [
-        "| optimizer | paper | state, bytes per parameter | when |",
-        "|---|---|---|---|",
+        "| optimizer | paper | state, bytes per parameter | use it for | not for |",
+        "|---|---|---|---|---|",
     ]
-    for name, tx, paper, when in METHODS:
-        report = ox.memory_report(tx, MATRIX)
-        per_param = report.state / report.num_params
-        lines.append(f"| {name} | {paper} | {per_param:.3g} | {when} |")
+    for method in METHODS:
+        report = ox.memory_report(method.make, MATRIX)
+        lines.append(
+            f"| `{method.name}` | {method.paper} | "
+            f"{report.state / report.num_params:.3g} | {method.when} | "
+            f"{method.unless} |"
+        )
     lines += [
         "",
-        "State of a 4096 x 4096 hidden weight matrix in float32. The transformations "
-        "behind them, for chains of your own:",
-        "`scale_by_momentum`, `scale_by_ema`, `scale_by_adam`, `scale_by_sign`, "
-        "`scale_by_lion`, `trust_ratio`, `scale_by_param_rms`, `factored_rms`, "
-        "`clip_update_rms`, `clip_by_global_norm`, `orthogonalize_via_newton_schulz`, "
-        "`scale_by_matrix_shape`, `chain_in_float32`, `route`.",
+        "State of a 4096 x 4096 hidden weight matrix in float32. Around any of them: "
+        f"{_names(lambda name: name in WRAPPERS)}. The links behind them, for chains "
+        f"of your own: {_names(lambda name: name not in WRAPPERS)}.",
+        "",
+        "What optax has in good form stays there, and is tested to work inside and "
+        "around what is here:",
+        "",
+        "| from optax | paper | for |",
+        "|---|---|---|",
+        *(f"| `{name}` | {paper} | {when} |" for name, paper, when in FROM_OPTAX),
     ]
     return "\n".join(lines)
+
+
+def _names(wanted: Callable[[str], bool]) -> str:
+    """The transformations that are wanted, one after the other."""
+    return ", ".join(
+        f"`{name}`"
+        for name in ox.__all__
+        if inspect.isfunction(getattr(ox, name))
+        and getattr(ox, name).__module__.startswith("optaxplus.transforms")
+        and wanted(name)
+    )
 
 
 def main_job() -> str:

@@ -7,12 +7,16 @@ text that signatures share (learning rates, axes, masks, dtypes) is in
 
 from optaxplus import numerics, partition
 from optaxplus.numerics.matrix_axes import MatrixAxes
-from optaxplus.optimizers.adaptive import adam, adamw
-from optaxplus.optimizers.classical import sgd
+from optaxplus.optimizers.adaptive import adam, adamw, amsgrad, nadam, radam
+from optaxplus.optimizers.after_adam import adan, ademamix, adopt, stable_adamw
+from optaxplus.optimizers.averaged import ranger
+from optaxplus.optimizers.blockwise import adam_mini
+from optaxplus.optimizers.classical import adagrad, rmsprop, sgd
 from optaxplus.optimizers.factored import adafactor
 from optaxplus.optimizers.layerwise import lamb, lars
 from optaxplus.optimizers.matrix import muon
-from optaxplus.optimizers.sign import lion
+from optaxplus.optimizers.sign import lion, signum
+from optaxplus.optimizers.variance_reduced import mars
 from optaxplus.partition.inference import (
     infer_matrix_axes,
     infer_roles,
@@ -22,7 +26,29 @@ from optaxplus.partition.routing import route
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
 from optaxplus.report.memory import MemoryReport, memory_report
 from optaxplus.report.routing_table import RoutingTable, explain_routing
-from optaxplus.transforms.adaptive import ScaleByAdamState, scale_by_adam
+from optaxplus.transforms.accumulation import AccumulateState, accumulate
+from optaxplus.transforms.adaptive.adagrad import ScaleByAdagradState, scale_by_adagrad
+from optaxplus.transforms.adaptive.adam import ScaleByAdamState, scale_by_adam
+from optaxplus.transforms.adaptive.adam_mini import (
+    ScaleByAdamMiniState,
+    scale_by_adam_mini,
+)
+from optaxplus.transforms.adaptive.adan import ScaleByAdanState, scale_by_adan
+from optaxplus.transforms.adaptive.ademamix import (
+    ScaleByAdemamixState,
+    scale_by_ademamix,
+)
+from optaxplus.transforms.adaptive.adopt import ScaleByAdoptState, scale_by_adopt
+from optaxplus.transforms.adaptive.nadam import ScaleByNadamState, scale_by_nadam
+from optaxplus.transforms.adaptive.radam import ScaleByRadamState, scale_by_radam
+from optaxplus.transforms.adaptive.rmsprop import ScaleByRmspropState, scale_by_rmsprop
+from optaxplus.transforms.adaptive.stable_adam import (
+    ScaleByStableAdamState,
+    scale_by_stable_adam,
+)
+from optaxplus.transforms.averaging import LookaheadState, lookahead
+from optaxplus.transforms.cautious import CautiousState, cautious
+from optaxplus.transforms.centralization import centralize
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.clipping import clip_by_global_norm, clip_update_rms
 from optaxplus.transforms.factored import FactoredRmsState, factored_rms
@@ -38,26 +64,53 @@ from optaxplus.transforms.orthogonalized import (
     scale_by_matrix_shape,
 )
 from optaxplus.transforms.sign import ScaleByLionState, scale_by_lion, scale_by_sign
+from optaxplus.transforms.variance_reduction import MarsCorrectionState, mars_correction
+from optaxplus.transforms.weight_decay import DescendState, decay_mask, descend
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_RULES",
+    "AccumulateState",
+    "CautiousState",
+    "DescendState",
     "FactoredRmsState",
+    "LookaheadState",
+    "MarsCorrectionState",
     "MatrixAxes",
     "MemoryReport",
     "RoutingTable",
     "Rule",
+    "ScaleByAdagradState",
+    "ScaleByAdamMiniState",
     "ScaleByAdamState",
+    "ScaleByAdanState",
+    "ScaleByAdemamixState",
+    "ScaleByAdoptState",
     "ScaleByEmaState",
     "ScaleByLionState",
     "ScaleByMomentumState",
+    "ScaleByNadamState",
+    "ScaleByRadamState",
+    "ScaleByRmspropState",
+    "ScaleByStableAdamState",
+    "accumulate",
     "adafactor",
+    "adagrad",
     "adam",
+    "adam_mini",
     "adamw",
+    "adan",
+    "ademamix",
+    "adopt",
+    "amsgrad",
+    "cautious",
+    "centralize",
     "chain_in_float32",
     "clip_by_global_norm",
     "clip_update_rms",
+    "decay_mask",
+    "descend",
     "explain_routing",
     "factored_rms",
     "infer_matrix_axes",
@@ -66,19 +119,37 @@ __all__ = [
     "lamb",
     "lars",
     "lion",
+    "lookahead",
+    "mars",
+    "mars_correction",
     "memory_report",
     "muon",
+    "nadam",
     "numerics",
     "orthogonalize_via_newton_schulz",
     "partition",
+    "radam",
+    "ranger",
+    "rmsprop",
     "route",
+    "scale_by_adagrad",
     "scale_by_adam",
+    "scale_by_adam_mini",
+    "scale_by_adan",
+    "scale_by_ademamix",
+    "scale_by_adopt",
     "scale_by_ema",
     "scale_by_lion",
     "scale_by_matrix_shape",
     "scale_by_momentum",
+    "scale_by_nadam",
     "scale_by_param_rms",
+    "scale_by_radam",
+    "scale_by_rmsprop",
     "scale_by_sign",
+    "scale_by_stable_adam",
     "sgd",
+    "signum",
+    "stable_adamw",
     "trust_ratio",
 ]

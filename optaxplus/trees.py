@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxplus.custom_types import DTypeName, PyTree
+from optaxplus.custom_types import DTypeName, Mask, PyTree
 from optaxplus.numerics.hyperparameters import Scalar
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "map_several",
     "path_text",
     "real_dtype",
+    "resolve_mask",
     "scalar_for",
     "unflatten_like",
     "widen",
@@ -185,6 +187,40 @@ def _moment_dtype(
         f"{function}: a moment dtype of {dtype} is not allowed for complex parameters; "
         "it must be 'float32', which keeps them complex."
     )
+
+
+def resolve_mask(function: str, mask: Mask, tree: PyTree) -> PyTree:
+    """One bool for every leaf of `tree`.
+
+    Args:
+      function: Name of the caller, for messages.
+      mask: See `optaxplus.custom_types`; None is True everywhere.
+      tree: Parameters or updates.
+
+    Raises:
+      TypeError: If an entry is not a bool.
+      ValueError: If the mask is not a prefix of the tree.
+    """
+    if mask is None:
+        return jax.tree.map(lambda _: True, tree)
+    if callable(mask):
+        mask = mask(tree)
+    for path, entry in leaves_with_paths(mask):
+        if not isinstance(entry, bool | np.bool_):
+            raise TypeError(
+                f"{function}: mask={entry!r} at {path!r} is not allowed; it must be "
+                "True or False."
+            )
+    try:
+        return jax.tree.map(
+            lambda entry, subtree: jax.tree.map(lambda _: bool(entry), subtree),
+            mask,
+            tree,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{function}: mask is not a prefix of the parameters' tree: {error}"
+        ) from error
 
 
 def check_floating(function: str, params: PyTree, *, real: bool = False) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 __all__ = [
+    "check_at_most",
     "check_choice",
     "check_decay_rate",
     "check_epsilon",
@@ -26,6 +28,8 @@ __all__ = [
     "check_non_negative",
     "check_params",
     "check_positive",
+    "check_transformation",
+    "check_weight_decay",
 ]
 
 
@@ -59,6 +63,19 @@ def check_learning_rate(function: str, value: Any, argument: str = "learning_rat
     _check_number(
         function,
         argument,
+        value,
+        lambda x: math.isfinite(x) and x >= 0,
+        "a finite number >= 0, a scalar array, or a schedule (step -> number)",
+    )
+
+
+def check_weight_decay(function: str, value: Any):
+    """Refuses a weight decay that is neither finite and >= 0 nor a schedule."""
+    if callable(value):
+        return
+    _check_number(
+        function,
+        "weight_decay",
         value,
         lambda x: math.isfinite(x) and x >= 0,
         "a finite number >= 0, a scalar array, or a schedule (step -> number)",
@@ -109,6 +126,26 @@ def check_epsilon(function: str, *, eps: Any, eps_root: Any = 0.0) -> None:
             "eps",
             eps,
             "eps or eps_root must be > 0, or a zero gradient divides 0 by 0",
+        )
+
+
+def check_at_most(function: str, largest: float, **values: Any) -> None:
+    """Refuses numbers above `largest`."""
+    for argument, value in values.items():
+        _check_number(
+            function, argument, value, lambda x: x <= largest, f"at most {largest:g}"
+        )
+
+
+def check_transformation(function: str, argument: str, value: Any) -> None:
+    """Refuses anything but a gradient transformation."""
+    if not isinstance(value, optax.GradientTransformation):
+        _refuse(
+            TypeError,
+            function,
+            argument,
+            value,
+            "it must be an optax.GradientTransformation, such as optaxplus.adamw(1e-3)",
         )
 
 

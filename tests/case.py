@@ -33,6 +33,7 @@ class Case:
         needs_params: Whether `update` does.
         complex_supported: Whether parameters may be complex.
         matrix_only: Whether every parameter has to be a matrix.
+        silent_steps: How many first steps move nothing.
         scope: What a NaN in one coordinate of the gradient reaches at most: that
             coordinate, its matrix or vector, or the whole tree.
         rtol: How much of an update float32 rounding may change, relative to its
@@ -45,6 +46,8 @@ class Case:
         oracle: Float64 reference of one block. For named optimizers.
         torch: Recorded PyTorch runs that the row reproduces, with the learning rate
             where it is not the recorded one.
+        torch_rtol: Agreement with them, relative to the largest entry. The default is
+            for ten steps in float64, from which the start is subtracted.
         twin: Learning rate -> the optax transformation that does the same.
         branches: State -> which branches it shows to have been taken, by name.
     """
@@ -57,12 +60,14 @@ class Case:
     needs_params: bool = False
     complex_supported: bool = True
     matrix_only: bool = False
+    silent_steps: int = 0
     scope: Literal["element", "block", "tree"] = "element"
     rtol: float = 4e-6
     contracts_sharded_axes: bool = False
     zero_gradient: Callable[[Array, float, str], Array] = _nothing
     oracle: Oracle | None = None
     torch: Mapping[str, Callable[[Any], Any] | None] = field(default_factory=dict)
+    torch_rtol: float = 1e-9
     twin: Callable[[Any], optax.GradientTransformation] | None = None
     branches: Callable[[Any], Mapping[str, bool]] | None = None
 

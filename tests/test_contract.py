@@ -126,7 +126,9 @@ def test_moments_are_stored_as_asked(case: Case) -> None:
     assert_same_types(state, tx.init(params))
     for path, leaf in trees.leaves_with_paths(state):
         # Muon's AdamW has no argument for its second moment; a fallback has its own.
-        if leaf.dtype != jnp.int32 and "inner_states/adamw" not in path:
+        # Scalars of the whole tree and slow parameters are no moments.
+        others = ("inner_states/adamw", "mu_product", "slow")
+        if leaf.dtype != jnp.int32 and not any(other in path for other in others):
             assert leaf.dtype == jnp.bfloat16, path
     # The arithmetic, and so the update, stays float32.
     assert_same_types(updates[-1], grads[-1])
@@ -193,7 +195,7 @@ def test_zero_parameters_can_grow(case: Case) -> None:
     params, (grads,) = params_and_gradients(case, 1)
     zeros = jax.tree.map(jnp.zeros_like, params)
     with strict(case):
-        (updates,), _ = run(case.make(), zeros, [grads])
+        (*_, updates), _ = run(case.make(), zeros, [grads] * (1 + case.silent_steps))
     assert_finite(updates)
     for path, update in trees.leaves_with_paths(updates):
         assert np.all(np.asarray(update) != 0), path
@@ -222,15 +224,16 @@ def test_nonfinite_number_stays_where_it_is(case: Case) -> None:
     tx = case.make()
     params, (grads,) = params_and_gradients(case, 1)
     where = (1, 0, 2)
+    before = [grads] * case.silent_steps
     with strict(case):
-        (clean,), _ = run(tx, params, [grads])
+        (*_, clean), _ = run(tx, params, [*before, grads])
     clean_kernel = clean["attention"]["query"].pop("kernel")
     for bad in (np.nan, np.inf):
         poisoned = jax.tree.map(lambda g: g, grads)
         kernel = poisoned["attention"]["query"]["kernel"].at[where].set(bad)
         poisoned["attention"]["query"]["kernel"] = kernel
         with strict(case):
-            (dirty,), _ = run(tx, params, [poisoned])
+            (*_, dirty), _ = run(tx, params, [*before, poisoned])
         dirty_kernel = dirty["attention"]["query"].pop("kernel")
         assert_trees_equal(dirty, clean)
         if np.isnan(bad):
@@ -249,7 +252,7 @@ def test_degenerate_shapes(case: Case) -> None:
         updates, state = run(tx, params, grads)
     assert_finite((updates, state))
     assert_same_types(updates[-1], params)
-    for path, update in trees.leaves_with_paths(updates[0]):
+    for path, update in trees.leaves_with_paths(updates[case.silent_steps]):
         assert update.size == 0 or np.all(np.asarray(update) != 0), path
 
 
@@ -405,7 +408,9 @@ def test_the_table_is_in_order() -> None:
     assert all(case.is_link for case in LINKS)
     assert not any(case.is_link for case in NAMED)
     for case in CASES:
-        assert case.name.split("-")[0] == case.factory.__name__
+        # Rows of wrappers have factories of their own.
+        if case.factory.__module__.startswith("optaxplus."):
+            assert case.name.split("-")[0] == case.factory.__name__
         structural = {
             name
             for name, parameter in case.parameters.items()

@@ -99,7 +99,7 @@ def test_oracle(case: Case) -> None:
         assert all(np.abs(grads[key]).max() < 5.0 for key in grads)
     theirs = from_start(oracle_trajectory(case, grads, RATE))
     for dtype in ("float64", "float32"):
-        iterates = "compute_dtype" in case.parameters
+        iterates = case.contracts_sharded_axes
         wide = {"compute_dtype": "float64"} if iterates and dtype == "float64" else {}
         tx = case.make(RATE, **case.with_axes(AXES), **wide)
         with jax.enable_x64(dtype == "float64"):
@@ -132,12 +132,17 @@ def test_torch(case: Case, run: str) -> None:
             case.make(rate, **case.with_axes(axes)), *recorded("float64", theirs)
         )
     # As above, but PyTorch's Muon iterates in bfloat16.
-    rtol = BFLOAT16_RTOL if "compute_dtype" in case.parameters else 1e-9
+    rtol = BFLOAT16_RTOL if case.contracts_sharded_axes else case.torch_rtol
     assert_trees_close(ours, theirs, rtol=rtol)
 
 
+# Recorded with arguments that no row has; tested beside the link.
+RUNS_OF_LINKS = {"adam_mini_block", "adopt"}
+
+
 def test_every_recorded_run_has_a_row() -> None:
-    assert set(RECORDED.cases) == {run for case in NAMED for run in case.torch}
+    runs = {run for case in NAMED for run in case.torch}
+    assert set(RECORDED.cases) == runs | RUNS_OF_LINKS
 
 
 @pytest.mark.parametrize("case", [case for case in NAMED if case.twin], ids=str)

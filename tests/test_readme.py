@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import optaxplus as ox
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -17,13 +19,29 @@ def test_example_runs_as_it_stands(source, capsys):
     exec(compile(ast.parse(source), "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_tables_are_those_of_the_script():
+@pytest.fixture(scope="module")
+def script():
     spec = importlib.util.spec_from_file_location(
         "readme_script", ROOT / "benchmarks" / "readme.py"
     )
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_those_of_the_script(script):
     assert script.render(README) == README
+
+
+def test_every_optimizer_has_a_row(script):
+    rows = {method.name.partition("(")[0] for method in script.METHODS}
+    assert rows == {
+        name
+        for name in ox.__all__
+        if getattr(getattr(ox, name), "__module__", "").startswith(
+            "optaxplus.optimizers"
+        )
+    }
 
 
 def test_the_two_commands_are_copied_by_the_gate():

@@ -62,7 +62,7 @@ def fusions(compiled):
         pytest.param(ox.sgd(0.1), id="sgd"),
         pytest.param(ox.sgd(0.1, momentum=0.9, nesterov=True), id="nesterov"),
         pytest.param(ox.adam(0.1), id="adam"),
-        pytest.param(ox.adam(0.1, amsgrad=True), id="amsgrad"),
+        pytest.param(ox.amsgrad(0.1), id="amsgrad"),
         pytest.param(ox.adamw(0.1), id="adamw"),
         pytest.param(ox.lion(0.1), id="lion"),
     ],

@@ -6,6 +6,8 @@ of 0.999 becomes 1, an average that never moves and whose bias correction divide
 in float16 an eps of 1e-8 becomes 0. Python numbers are returned as they are.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -42,6 +44,6 @@ def as_epsilon(eps: ArrayLike) -> Scalar:
     return jnp.maximum(_as_wide_array(eps), _SMALLEST_EPSILON)
 
 
-def is_zero(value: ArrayLike) -> bool:
+def is_zero(value: Any) -> bool:
     """Whether `value` is known to be 0 before the program runs: a Python number."""
     return isinstance(value, int | float) and value == 0

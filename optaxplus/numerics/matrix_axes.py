@@ -13,16 +13,19 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = [
     "MatrixAxes",
     "block_axes",
     "block_shape",
+    "block_statistic",
     "from_matrices",
     "map_matrices",
     "reduce_blocks",
     "resolve_axes",
     "split_columns",
+    "spread_statistic",
     "to_matrices",
 ]
 
@@ -192,12 +195,12 @@ def map_matrices(
     return from_matrices(result, axes, x.shape)
 
 
-def reduce_blocks(
+def block_statistic(
     function: Callable[[jax.Array, tuple[int, ...]], jax.Array],
     x: jax.Array,
     axes: MatrixAxes,
 ) -> jax.Array:
-    """Reduces each matrix or vector of `x` to one number.
+    """Reduces each matrix or vector of `x` to one number, as it is stored.
 
     Args:
       function: Maps (array, axes) to the reduction over those axes, kept at size 1.
@@ -205,12 +208,46 @@ def reduce_blocks(
       axes: The matrix axes of `x`; a scalar is its own block.
 
     Returns:
-      An array that broadcasts against `x`: the reduced axes have size 1, or the full
-      size of the block where `axes` has splits.
+      An array of the rank of `x` whose block axes have size 1; the first axis of
+      fan_out has the number of splits where there are any.
     """
     axes = resolve_axes(axes, x.shape)
     if not axes.splits:
         return function(x, block_axes(axes))
-    return map_matrices(
-        lambda block: jnp.broadcast_to(function(block, (-2, -1)), block.shape), x, axes
+    blocks = split_columns(to_matrices(x, axes), axes.splits)
+    values = jnp.concatenate([function(block, (-2, -1)) for block in blocks], axis=-1)
+    shape = [1 if axis in block_axes(axes) else n for axis, n in enumerate(x.shape)]
+    shape[axes.fan_out[0]] = len(axes.splits)
+    return from_matrices(values, axes, tuple(shape))
+
+
+def spread_statistic(
+    statistic: jax.Array, axes: MatrixAxes, shape: tuple[int, ...]
+) -> jax.Array:
+    """Repeats a `block_statistic` so that it broadcasts against an array of `shape`."""
+    axes = resolve_axes(axes, shape)
+    if not axes.splits:
+        return statistic
+    columns = jnp.repeat(
+        to_matrices(statistic, axes),
+        np.asarray(axes.splits),
+        axis=-1,
+        total_repeat_length=sum(axes.splits),
     )
+    row = tuple(1 if axis in axes.fan_in else n for axis, n in enumerate(shape))
+    return from_matrices(columns, axes, row)
+
+
+def reduce_blocks(
+    function: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+    x: jax.Array,
+    axes: MatrixAxes,
+) -> jax.Array:
+    """Reduces each matrix or vector of `x` to one number.
+
+    Arguments as in `block_statistic`.
+
+    Returns:
+      An array that broadcasts against `x`.
+    """
+    return spread_statistic(block_statistic(function, x, axes), axes, x.shape)

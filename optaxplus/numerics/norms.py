@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from optaxplus.numerics.hyperparameters import Scalar
 from optaxplus.numerics.matrix_axes import MatrixAxes, reduce_blocks
 
-__all__ = ["abs_square", "block_norm", "block_rms", "scaled_square"]
+__all__ = [
+    "abs_square",
+    "block_mean",
+    "block_norm",
+    "block_rms",
+    "mean_square",
+    "scaled_square",
+]
 
 
 def abs_square(x: jax.Array) -> jax.Array:
@@ -48,15 +55,28 @@ def block_norm(x: jax.Array, axes: MatrixAxes) -> jax.Array:
     )
 
 
+def mean_square(x: jax.Array, over: tuple[int, ...]) -> jax.Array:
+    """Mean of |x|² over axes kept at size 1; 0 where they are empty."""
+    size = math.prod(x.shape[axis] for axis in over)
+    return jnp.sum(abs_square(x), axis=over, keepdims=True) / max(size, 1)
+
+
+def block_mean(x: jax.Array, axes: MatrixAxes) -> jax.Array:
+    """Mean of each matrix or vector of `x`.
+
+    Arguments and result as in `block_norm`.
+    """
+
+    def mean(block: jax.Array, over: tuple[int, ...]) -> jax.Array:
+        size = math.prod(block.shape[axis] for axis in over)
+        return jnp.sum(block, axis=over, keepdims=True) / max(size, 1)
+
+    return reduce_blocks(mean, x, axes)
+
+
 def block_rms(x: jax.Array, axes: MatrixAxes) -> jax.Array:
     """Root mean square of each matrix or vector of `x`.
 
     Arguments and result as in `block_norm`.
     """
-
-    def mean_square(block: jax.Array, over: tuple[int, ...]) -> jax.Array:
-        size = math.prod(block.shape[axis] for axis in over)
-        total = jnp.sum(abs_square(block), axis=over, keepdims=True)
-        return total / max(size, 1)
-
     return jnp.sqrt(reduce_blocks(mean_square, x, axes))

@@ -5,7 +5,6 @@ import optax
 from optaxplus import validation
 from optaxplus.custom_types import Axes, DTypeName, Mask, Scalar, ScalarOrSchedule
 from optaxplus.transforms.chaining import chain_in_float32
-from optaxplus.transforms.clipping import clip_update_rms
 from optaxplus.transforms.factored import factored_rms
 from optaxplus.transforms.layerwise import scale_by_param_rms
 from optaxplus.transforms.momentum import scale_by_ema
@@ -77,10 +76,10 @@ def adafactor(
             decay_rate=decay_rate,
             min_dim_size_to_factor=min_dim_size_to_factor,
             eps=eps,
+            clip_threshold=clip_threshold,
             axes=axes,
             nu_dtype=nu_dtype,
         ),
-        clip_update_rms(clip_threshold, axes=axes),
         scale_by_param_rms(axes=axes) if multiply_by_param_rms else optax.identity(),
         optax.identity() if b1 is None else scale_by_ema(b1, mu_dtype=mu_dtype),
         optax.add_decayed_weights(weight_decay, mask),

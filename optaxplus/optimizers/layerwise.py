@@ -4,7 +4,7 @@ import optax
 
 from optaxplus import validation
 from optaxplus.custom_types import Axes, DTypeName, Mask, Scalar, ScalarOrSchedule
-from optaxplus.transforms.adaptive import scale_by_adam
+from optaxplus.transforms.adaptive.adam import scale_by_adam
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.layerwise import trust_ratio
 from optaxplus.transforms.momentum import scale_by_momentum

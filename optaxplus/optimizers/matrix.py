@@ -10,7 +10,7 @@ from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar, ScalarOrSche
 from optaxplus.partition.inference import label_of_role
 from optaxplus.partition.routing import route
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
-from optaxplus.transforms.adaptive import scale_by_adam
+from optaxplus.transforms.adaptive.adam import scale_by_adam
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.clipping import clip_by_global_norm
 from optaxplus.transforms.momentum import scale_by_ema

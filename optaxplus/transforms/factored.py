@@ -2,15 +2,19 @@
 
 For a matrix gradient G of shape (fan_in, fan_out), with β_t = 1 - t^(-γ):
 
-    R_t = β_t·R_{t-1} + (1 - β_t)·mean over fan_out of (G² + ε₁)       one a row
-    C_t = β_t·C_{t-1} + (1 - β_t)·mean over fan_in  of (G² + ε₁)       one a column
+    R_t = β_t·R_{t-1} + (1 - β_t)·(mean over fan_out of G² + ε₁)       one a row
+    C_t = β_t·C_{t-1} + (1 - β_t)·(mean over fan_in  of G² + ε₁)       one a column
     V̂_t = R_t·C_t / mean(R_t),     U = G / sqrt(V̂_t)
+
+and, where updates are clipped, U <- U / max(1, RMS(U) / d) with
+
+    RMS(U)² = mean over rows of (mean(R_t) / R_t · mean over fan_out of G² / C_t)
 
 Vectors, and matrices with a side shorter than a threshold, keep all of V. β_1 = 0, so
 no bias correction is needed.
 
-Letters to arguments: γ is `decay_rate`, ε₁ is `eps`; R, C, V are the state's `nu_row`,
-`nu_col`, `nu`.
+Letters to arguments: γ is `decay_rate`, ε₁ is `eps`, d is `clip_threshold`; R, C, V are
+the state's `nu_row`, `nu_col`, `nu`.
 
 Source: Shazeer and Stern, Adafactor, arXiv 1804.04235, Algorithm 4, written with means
 instead of sums, which leaves V̂ the same. Differs from optax in what is factored: the
@@ -35,7 +39,7 @@ from optaxplus.numerics.matrix_axes import (
     to_matrices,
 )
 from optaxplus.numerics.moving_averages import mix
-from optaxplus.numerics.norms import abs_square
+from optaxplus.numerics.norms import abs_square, block_mean, scaled_square
 from optaxplus.partition.inference import axes_of
 
 __all__ = ["FactoredRmsState", "factored_rms"]
@@ -68,18 +72,26 @@ def _factored_leaf(
     *,
     decay: Scalar,
     eps: Scalar,
+    clip_threshold: Scalar | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One factored leaf: (U, R, C), everything seen as (*batch, fan_in, fan_out)."""
     matrices = to_matrices(trees.widen(g), axes)
-    squares = abs_square(matrices) + eps
     rows = to_matrices(trees.widen(nu_row), axes)
     columns = to_matrices(trees.widen(nu_col), axes)
-    rows = mix(decay, rows, _row_means(squares, axes))
-    columns = mix(decay, columns, squares.mean(axis=-2, keepdims=True))
-    # The two factors one after the other: their product may underflow. A sum that
-    # overflowed says nothing of its rows any more: inf / inf would be NaN.
+    # Every reduction squares for itself, in an expression of its own: what two of them
+    # share is stored, a temporary of the size of the parameter.
+    row_means = -_row_means(-matrices * matrices, axes)
+    column_means = abs_square(matrices).mean(axis=-2, keepdims=True)
+    rows = mix(decay, rows, row_means + eps)
+    columns = mix(decay, columns, column_means + eps)
+    # The factors one after the other: products and quotients of them may underflow. A
+    # sum that overflowed says nothing of its rows any more: inf / inf would be NaN.
     mean = rows.mean(axis=-2, keepdims=True)
-    row_scale = jnp.where(jnp.isinf(mean), 0.0, jax.lax.rsqrt(rows / mean))
+    row_scale = jnp.where(jnp.isinf(mean), 0.0, jnp.sqrt(mean) * jax.lax.rsqrt(rows))
+    if clip_threshold is not None:
+        in_rows = _row_means(scaled_square(1.0 / columns, matrices), axes)
+        mean_square = (in_rows * row_scale * row_scale).mean(axis=-2, keepdims=True)
+        row_scale = row_scale * _clip_scale(mean_square, clip_threshold)
     if axes.splits:
         row_scale = jnp.repeat(row_scale, np.asarray(axes.splits), axis=-1)
     updates = matrices * row_scale * jax.lax.rsqrt(columns)
@@ -91,12 +103,27 @@ def _factored_leaf(
 
 
 def _full_leaf(
-    g: jax.Array, nu: jax.Array, *, decay: Scalar, eps: Scalar
+    g: jax.Array,
+    nu: jax.Array,
+    axes: MatrixAxes,
+    *,
+    decay: Scalar,
+    eps: Scalar,
+    clip_threshold: Scalar | None,
 ) -> tuple[jax.Array, jax.Array]:
     """One leaf that keeps all of V: (U, V)."""
     wide = trees.widen(g)
     v = mix(decay, trees.widen(nu), abs_square(wide) + eps)
-    return wide * jax.lax.rsqrt(v), v.astype(nu.dtype)
+    updates = wide * jax.lax.rsqrt(v)
+    if clip_threshold is not None:
+        mean_square = block_mean(wide / v * wide, axes)
+        updates = updates * _clip_scale(mean_square, clip_threshold)
+    return updates, v.astype(nu.dtype)
+
+
+def _clip_scale(mean_square: jax.Array, threshold: Scalar) -> jax.Array:
+    """1 / max(1, RMS(U) / d)."""
+    return 1.0 / jnp.maximum(1.0, jnp.sqrt(mean_square) / threshold)
 
 
 def _reduced(zeros: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -109,6 +136,7 @@ def factored_rms(
     decay_rate: Scalar = 0.8,
     min_dim_size_to_factor: int = 128,
     eps: Scalar = 1e-30,
+    clip_threshold: Scalar | None = None,
     axes: Axes = None,
     nu_dtype: DTypeName = "float32",
 ) -> optax.GradientTransformation:
@@ -121,6 +149,10 @@ def factored_rms(
       min_dim_size_to_factor: Matrices whose shorter side is smaller keep the whole
         second moment. >= 1. Static.
       eps: Added to the squared gradient, in its units. > 0.
+      clip_threshold: Largest root mean square of the update of a matrix or vector, or
+        None. The same as `clip_update_rms` behind this link, up to rounding, but
+        computed from the statistics, so that the update is not stored in between. > 0.
+        Static if None.
       axes: Matrix axes, see `optaxplus.custom_types`; batch axes are never reduced.
       nu_dtype: Dtype of the statistics, see `optaxplus.custom_types`. Static.
 
@@ -138,6 +170,8 @@ def factored_rms(
     validation.check_positive(name, decay_rate=decay_rate, eps=eps)
     validation.check_int(name, minimum=1, min_dim_size_to_factor=min_dim_size_to_factor)
     validation.check_floating_dtype(name, nu_dtype=nu_dtype)
+    if clip_threshold is not None:
+        validation.check_positive(name, clip_threshold=clip_threshold)
 
     eps = as_epsilon(eps)
 
@@ -182,10 +216,14 @@ def factored_rms(
             nu: jax.Array,
             leaf_axes: MatrixAxes,
         ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-            arguments = {"decay": trees.scalar_for(decay, g), "eps": eps}
+            arguments = {
+                "decay": trees.scalar_for(decay, g),
+                "eps": eps,
+                "clip_threshold": clip_threshold,
+            }
             if is_factored(leaf_axes, g.shape):
                 return *_factored_leaf(g, nu_row, nu_col, leaf_axes, **arguments), nu
-            u, nu = _full_leaf(g, nu, **arguments)
+            u, nu = _full_leaf(g, nu, leaf_axes, **arguments)
             return u, nu_row, nu_col, nu
 
         updates, rows, columns, full = trees.map_several(

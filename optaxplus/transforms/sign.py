@@ -57,8 +57,15 @@ def _lion_leaf(
 ) -> tuple[jax.Array, jax.Array]:
     """One leaf: (u, m)."""
     wide = trees.widen(g)
-    m = mu.astype(wide.dtype)
-    return jnp.sign(mix(b1, m, wide)), mix(b2, m, wide).astype(mu.dtype)
+    old = mu.astype(wide.dtype)
+    new = mix(b2, old, wide)
+    # β₁·m_{t-1} + (1 - β₁)·g_t is also (β₁/β₂)·m_t + (1 - β₁/β₂)·g_t. Computed so, it
+    # does not need m_{t-1} once m_t has taken its memory, and XLA makes no copy of it.
+    # Both weights have to be positive, or inf - inf would be NaN, and m_t unrounded.
+    known = isinstance(b1, int | float) and isinstance(b2, int | float)
+    if known and 0 < b1 < b2 and mu.dtype == wide.dtype:
+        return jnp.sign(mix(b1 / b2, new, wide)), new
+    return jnp.sign(mix(b1, old, wide)), new.astype(mu.dtype)
 
 
 def scale_by_lion(
@@ -71,6 +78,11 @@ def scale_by_lion(
 
     The average decays with b2, the mixture that is signed weighs the gradient more
     (b1 < b2). Every coordinate moves by exactly 1 or not at all.
+
+    With Python numbers 0 < b1 < b2 and a float32 average the mixture is computed from
+    the average after the step, which needs no memory: signs differ from the formula's
+    only where its terms cancel to 2^-23 of their size, which float32 does not resolve
+    either way. Otherwise the compiled step copies the average before the step.
 
     Args:
       b1: Weight of the average in the signed mixture, in [0, 1).

@@ -20,7 +20,9 @@ GOLDEN = [case for case in GOLDEN_CASES if case.method in ("adam", "adamw")]
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case.name)
 def test_golden_numbers(case: GoldenCase):
-    tx = getattr(ox, case.method)(**case.arguments)
+    arguments = dict(case.arguments)
+    method = "amsgrad" if arguments.pop("amsgrad", False) else case.method
+    tx = getattr(ox, method)(**arguments)
     trajectory = follow_in_float64(tx, case.params, case.grads)
     # Half a unit of the last decimal printed; float64 itself errs by 1e-15.
     atol = 0.505 * 10.0**-case.decimals
@@ -84,8 +86,8 @@ def test_decay_is_decoupled():
 
 @pytest.mark.parametrize("make", [ox.adam, ox.adamw])
 def test_moments_are_those_of_the_transformation(make):
-    tx = make(0.1, b1=0.8, b2=0.7, amsgrad=True, mu_dtype="bfloat16")
-    inner = ox.scale_by_adam(0.8, 0.7, amsgrad=True, mu_dtype="bfloat16")
+    tx = make(0.1, b1=0.8, b2=0.7, nesterov=True, mu_dtype="bfloat16")
+    inner = ox.scale_by_adam(0.8, 0.7, nesterov=True, mu_dtype="bfloat16")
     grads = jax.tree.map(lambda g: g[0], GRADS)
     _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
     _, expected = inner.update(grads, inner.init(PARAMS))
@@ -110,7 +112,6 @@ ERRORS = [
     (ValueError, {"b2": -0.1}, r"b2=-0.1 is not allowed; .* \[0, 1\)"),
     (ValueError, {"eps": 0.0}, "eps=0.0 is not allowed; eps or eps_root must be > 0"),
     (ValueError, {"eps_root": -1.0}, "eps_root=-1.0 is not allowed"),
-    (TypeError, {"amsgrad": 1}, "amsgrad=1 is not allowed"),
     (TypeError, {"nesterov": None}, "nesterov=None is not allowed"),
     (TypeError, {"mu_dtype": "f3"}, "mu_dtype='f3' is not allowed"),
     (TypeError, {"nu_dtype": "int32"}, "nu_dtype='int32' is not allowed"),

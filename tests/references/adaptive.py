@@ -16,13 +16,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from tests.references.conventions import (
-    Array,
-    Grads,
-    LearningRate,
-    as_float64,
-    learning_rate_at,
-)
+from tests.references.cautious import cautious_directions
+from tests.references.conventions import Array, Grads, LearningRate, as_float64
+from tests.references.weight_decay import Decay, follow
 
 
 def adam_directions(
@@ -34,6 +30,7 @@ def adam_directions(
     eps_root: float = 0.0,
     amsgrad: bool = False,
     nesterov: bool = False,
+    bias_correction: bool = True,
 ) -> Iterator[Array]:
     """Yields Adam's direction of every step, before learning rate and weight decay.
 
@@ -47,20 +44,25 @@ def adam_directions(
             PyTorch's form: the maximum is taken of the raw second moment and corrected
             for its bias afterwards (optax takes it of the corrected one).
         nesterov: whether the numerator looks one step ahead. optax's form, with a
-            constant ``b1`` (Dozat's schedule of it is left out).
+            constant ``b1``. `adam_variants.nadam` has Dozat's schedule of it.
+        bias_correction: whether the moments are divided by ``1 - b ** t``.
     """
     m: Array | float = 0.0
     v: Array | float = 0.0
     v_max: Array | float = 0.0
+
+    def debiased(moment: Array, b: float, t: int) -> Array:
+        return moment / (1 - b**t) if bias_correction else moment
+
     for t, g in enumerate(map(as_float64, grads), start=1):
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * g**2
         v_max = np.maximum(v_max, v)
         if nesterov:
-            m_hat = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+            m_hat = b1 * debiased(m, b1, t + 1) + (1 - b1) * debiased(g, b1, t)
         else:
-            m_hat = m / (1 - b1**t)
-        v_hat = (v_max if amsgrad else v) / (1 - b2**t)
+            m_hat = debiased(m, b1, t)
+        v_hat = debiased(v_max if amsgrad else v, b2, t)
         yield m_hat / (np.sqrt(v_hat + eps_root) + eps)
 
 
@@ -115,25 +117,26 @@ def adamw(
     weight_decay: float = 1e-2,
     amsgrad: bool = False,
     nesterov: bool = False,
+    cautious: bool = False,
+    decay: Decay = "decoupled",
 ) -> list[Array]:
     """Runs AdamW and returns the parameters after every step.
-
-    ``p <- p - lr * (direction + weight_decay * p)``, both terms with the old ``p``;
-    the same as PyTorch's ``p <- p * (1 - lr * weight_decay) - lr * direction``.
 
     Args:
         params: the initial parameters.
         grads: one gradient per step.
-        learning_rate: number or function of the 0-based step; multiplies the decay too.
-        b1: see `adam_directions`, as the remaining arguments.
+        learning_rate: number or function of the 0-based step; see `descend`.
+        b1: see `adam_directions`.
         b2: see `adam_directions`.
         eps: see `adam_directions`.
         eps_root: see `adam_directions`.
-        weight_decay: decoupled weight decay.
+        weight_decay: see `descend`.
         amsgrad: see `adam_directions`.
         nesterov: see `adam_directions`.
+        cautious: whether `cautious_directions` masks the directions.
+        decay: see `descend`.
     """
-    p = as_float64(params)
+    grads = list(grads)
     directions = adam_directions(
         grads,
         b1=b1,
@@ -143,9 +146,10 @@ def adamw(
         amsgrad=amsgrad,
         nesterov=nesterov,
     )
-    trajectory = []
-    for step, direction in enumerate(directions):
-        lr = learning_rate_at(learning_rate, step)
-        p = p - lr * (direction + weight_decay * p)
-        trajectory.append(p)
-    return trajectory
+    return follow(
+        params,
+        cautious_directions(directions, grads) if cautious else directions,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        decay=decay,
+    )

@@ -1,8 +1,10 @@
-"""Reference of Adafactor.
+"""References of the methods that keep a second moment by its row and column means.
 
 References:
     Shazeer, Stern, Adafactor: adaptive learning rates with sublinear memory cost, 2018,
     https://arxiv.org/abs/1804.04235, Algorithms 4 (matrices) and 5 (vectors).
+    Luo et al., CAME: confidence-guided adaptive memory efficient optimization, 2023,
+    https://arxiv.org/abs/2307.02047, Algorithm 2; vectors as in the authors' code.
 """
 
 import numpy as np
@@ -17,6 +19,7 @@ from tests.references.conventions import (
     learning_rate_at,
     rms,
 )
+from tests.references.weight_decay import descend
 
 
 def relative_step(step: int, largest: float = 1e-2) -> float:
@@ -99,4 +102,66 @@ def adafactor(
             update = update + weight_decay_rate * x
         x = x - update
         trajectory.append(x)
+    return trajectory
+
+
+def came(
+    params: npt.ArrayLike,
+    grads: Grads,
+    *,
+    learning_rate: LearningRate,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    b3: float = 0.9999,
+    eps: float = 1e-30,
+    eps_confidence: float = 1e-16,
+    clip_threshold: float = 1.0,
+    weight_decay: float = 0.0,
+) -> list[Array]:
+    """Runs CAME and returns the parameters after every step.
+
+    No bias is corrected. A vector has a second moment of its own size and no
+    confidence: it follows the average.
+
+    Args:
+        params: the initial parameters, a vector or a matrix.
+        grads: one gradient per step.
+        learning_rate: number or function of the 0-based step.
+        b1: decay of the average of the clipped directions.
+        b2: decay of the second moment.
+        b3: decay of the instability, the squared distance of the directions from their
+            average.
+        eps: added to the squared gradient.
+        eps_confidence: added to the squared distance.
+        clip_threshold: d, the largest root mean square of the direction.
+        weight_decay: decoupled weight decay.
+    """
+
+    p = as_float64(params)
+    is_matrix = p.ndim == 2
+    m = np.zeros_like(p)
+    v: Array | float = 0.0
+    r: Array | float = 0.0
+    c: Array | float = 0.0
+    r_s: Array | float = 0.0
+    c_s: Array | float = 0.0
+    trajectory = []
+    for step, g in enumerate(map(as_float64, grads)):
+        squared = g**2 + eps
+        if is_matrix:
+            r = b2 * r + (1 - b2) * squared.mean(axis=1)
+            c = b2 * c + (1 - b2) * squared.mean(axis=0)
+            v = np.outer(r, c) / np.mean(r)
+        else:
+            v = b2 * v + (1 - b2) * squared
+        u = clip_update_rms(g / np.sqrt(v), clip_threshold)
+        m = b1 * m + (1 - b1) * u
+        direction = m
+        if is_matrix:
+            instability = (u - m) ** 2 + eps_confidence
+            r_s = b3 * r_s + (1 - b3) * instability.mean(axis=1)
+            c_s = b3 * c_s + (1 - b3) * instability.mean(axis=0)
+            direction = m / np.sqrt(np.outer(r_s, c_s) / np.mean(r_s))
+        p = descend(p, direction, learning_rate_at(learning_rate, step), weight_decay)
+        trajectory.append(p)
     return trajectory

@@ -1,14 +1,14 @@
-"""Reads ``torch_trajectories.npz``: recorded runs of PyTorch's optimizers.
+"""Reads ``torch_trajectories.npz``: recorded runs of optimizers for PyTorch.
 
 `make_torch_trajectories` wrote the file and says with which versions. One problem, ten
 steps, four leaves whose gradients differ in size by seven orders of magnitude; matrices
-are (fan_in, fan_out) and a stack is a batch of matrices that PyTorch saw as separate
-parameters. Initial values and gradients are float32 numbers, so the float32 and the
-float64 run solve exactly the same problem.
+are (fan_in, fan_out) and a stack is a batch of matrices that the optimizer saw as
+separate parameters. Initial values and gradients are float32 numbers, so the float32
+and the float64 run solve exactly the same problem.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ Floats = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class TorchCase:
-    """One PyTorch optimizer with its arguments and where it went.
+    """One optimizer for PyTorch with its arguments and where it went.
 
     Attributes:
         name: unique name.
-        optimizer: class in ``torch.optim``.
-        arguments: PyTorch's keyword arguments, without the learning rate.
+        optimizer: class in ``torch.optim``, or the dotted path of another one.
+        arguments: its keyword arguments, without the learning rate.
         learning_rates: one per step.
         trajectories: ``trajectories[dtype][leaf]``, parameters after every step, shape
             (10, *leaf); dtype is "float32" or "float64".
@@ -50,11 +50,12 @@ class TorchTrajectories:
     """The recorded problem and all cases on it.
 
     Attributes:
-        versions: versions of Python, PyTorch and NumPy that made the file.
+        versions: versions of Python, of PyTorch, NumPy and the other packages that
+            made the file.
         params: initial float32 parameters by leaf: "vector" (5,), "tall" (6, 4), "wide"
             (3, 8), "stack" (3, 4, 5).
         grads: float32 gradients by leaf, shape (10, *leaf).
-        cases: the runs by name. Those of Muon have no "vector".
+        cases: the runs by name. Not every one has every leaf.
     """
 
     versions: Mapping[str, str]
@@ -94,3 +95,15 @@ def load_torch_trajectories() -> TorchTrajectories:
         grads=below("grads/"),
         cases=cases,
     )
+
+
+def blocks(leaf: Floats, *, axis: int) -> Iterator[Floats]:
+    """Yields the matrices of a stack, or the one vector or matrix that a leaf is.
+
+    Args:
+        leaf: parameters, or anything with a leading axis of steps.
+        axis: where the axis of a stack is, if there is one: 0 for parameters, 1 behind
+            the axis of steps.
+    """
+    is_stack = leaf.ndim - axis == 3
+    yield from np.moveaxis(leaf, axis, 0) if is_stack else [leaf]

@@ -85,6 +85,31 @@ def test_unfactored_first_step_is_the_sign():
     )
 
 
+CLIPPED = {
+    "matrix": ((3, 4), MatrixAxes((0,), (1,))),
+    "vector": ((5,), MatrixAxes((), (0,))),
+    "stack": ((2, 3, 4), STACK),
+    "splits": ((2, 4, 5), MatrixAxes((1,), (2,), splits=(2, 3))),
+}
+
+
+@pytest.mark.parametrize("threshold", [1, 128])
+@pytest.mark.parametrize("name", CLIPPED)
+def test_clipping_from_the_statistics_is_clipping_the_update(name: str, threshold: int):
+    shape, axes = CLIPPED[name]
+    grads = grads_of(shape) * jnp.asarray([1.0, 9.0, 0.1, 30.0, 1.0]).reshape(
+        STEPS, *[1] * len(shape)
+    )
+    arguments = {"min_dim_size_to_factor": threshold, "axes": axes}
+    expected = run(
+        optax.chain(ox.factored_rms(**arguments), ox.clip_update_rms(0.8, axes=axes)),
+        grads,
+    )
+    clipped = run(ox.factored_rms(**arguments, clip_threshold=0.8), grads)
+    # Float32 roundings of two ways to sum squares.
+    assert_trees_close(clipped, expected, rtol=1e-6)
+
+
 # Invariances
 
 
@@ -236,9 +261,19 @@ def test_zero_rows_and_columns_stay_zero_and_touch_nothing():
     assert_trees_close(updates[:, [0, 2]][:, :, [0, 1, 3]], dense, rtol=1e-6)
 
 
-def test_tiny_and_huge_gradients_stay_finite():
+@pytest.mark.parametrize("clip_threshold", [None, 1.0])
+@pytest.mark.parametrize("threshold", [1, 128])
+def test_tiny_and_huge_gradients_stay_finite(threshold: int, clip_threshold):
+    tx = ox.factored_rms(
+        min_dim_size_to_factor=threshold, clip_threshold=clip_threshold
+    )
     for scale in (1e-30, 1e-20, 1e18):
-        assert_finite(run(factored(), grads_of((3, 4)) * scale))
+        grads = grads_of((3, 4)) * scale
+        assert_finite(run(tx, grads))
+        # Its share of a mean of 1e8 and more underflows.
+        updates = run(tx, grads.at[:, 1].set(0.0))
+        assert_finite(updates)
+        np.testing.assert_array_equal(updates[:, 1], np.zeros((STEPS, 4)))
 
 
 def test_bad_entries_stay_in_their_matrix():

@@ -48,6 +48,31 @@ def test_lion_is_optax(arguments):
     )
 
 
+@pytest.mark.parametrize(
+    ("b1", "b2"), [(0.9, 0.99), (0.5, 0.5001), (0.9, 0.1), (0.9, 0.0)]
+)
+def test_lion_resolves_what_float32_resolves(b1: float, b2: float):
+    average = normal_tree((10_000,), seed=2)
+    tail = 1 + 1e-6 * normal_tree((10_000,), seed=3)
+    grads = -b1 / (1 - b1) * average * tail
+    tx = ox.scale_by_lion(b1, b2)
+    state = tx.init(average)._replace(mu=average)
+    terms = b1 * np.float64(average), (1 - b1) * np.float64(grads)
+    for update in (tx.update, jax.jit(tx.update)):
+        signs, _ = update(grads, state)
+        wrong = np.asarray(signs) != np.sign(sum(terms))
+        # Each term is rounded by up to 2^-24 of itself, and their sum once more.
+        assert np.all((np.abs(sum(terms)) <= 2.0**-23 * np.abs(terms[0]) * 2)[wrong])
+
+
+def test_traced_rates_are_the_same_lion():
+    traced = optax.inject_hyperparams(ox.scale_by_lion)(b1=0.9, b2=0.99)
+    assert_trees_equal(
+        updates_at(traced, PARAMS, GRADS),
+        updates_at(ox.scale_by_lion(0.9, 0.99), PARAMS, GRADS),
+    )
+
+
 def test_lion_without_averages_is_the_sign():
     assert_trees_equal(
         updates_at(ox.scale_by_lion(0.0, 0.0), PARAMS, GRADS),

@@ -1,0 +1,112 @@
+"""Gradient accumulation: one update for the mean of k gradients.
+
+    a <- a + g in k - 1 micro-steps,      inner update of (a + g)/k,  a <- 0 in the k-th
+
+Letters to arguments: k is `every_k`; a is the state's `grad_sum`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxplus import trees, validation
+from optaxplus.custom_types import DTypeName, PyTree
+
+__all__ = ["AccumulateState", "accumulate"]
+
+
+class AccumulateState(NamedTuple):
+    """State of `accumulate`."""
+
+    micro_step: jax.Array  # shape (), int32: gradients in the sum, 0 to every_k - 1
+    grad_sum: PyTree  # like the parameters: sum of the gradients a
+    inner_state: Any  # state of the wrapped optimizer
+
+
+def accumulate(
+    inner: optax.GradientTransformation,
+    every_k: int,
+    *,
+    accumulator_dtype: DTypeName = "float32",
+) -> optax.GradientTransformationExtraArgs:
+    """Updates once per `every_k` gradients, with their mean.
+
+    The other steps return zeros and run nothing of `inner`: no orthogonalization, no
+    collective. `optax.MultiSteps` runs it every time and throws the result away. State:
+    4 bytes per parameter beside that of `inner`.
+
+    k micro-batches equal one batch if they carry equal weight. The step counts of
+    `inner`, and so its schedules, count updates and not micro-steps.
+
+    Args:
+      inner: The optimizer; it sees one gradient in `every_k` calls, in float32. Put
+        clipping inside, so that it sees the mean.
+      every_k: Gradients per update. >= 1. Static.
+      accumulator_dtype: Dtype of the sum; see `mu_dtype` in `optaxplus.custom_types`.
+        Static.
+
+    Returns:
+      A transformation with state `AccumulateState`; emits the dtype of `inner` for
+      float32 gradients. Extra arguments of the k-th call reach `inner`.
+
+    Raises:
+      TypeError: If `inner` is no transformation or an argument has a wrong type.
+      ValueError: If `every_k` < 1.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> tx = ox.accumulate(ox.sgd(1.0), every_k=2)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> first, state = tx.update(jnp.array([1.0, 2.0]), state)
+      >>> second, state = tx.update(jnp.array([3.0, 4.0]), state)
+      >>> print(first, second)
+      [0. 0.] [-2. -3.]
+    """
+    name = "accumulate"
+    validation.check_transformation(name, "inner", inner)
+    validation.check_int(name, minimum=1, every_k=every_k)
+    validation.check_floating_dtype(name, accumulator_dtype=accumulator_dtype)
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init_fn(params: PyTree) -> AccumulateState:
+        return AccumulateState(
+            micro_step=jnp.zeros([], jnp.int32),
+            grad_sum=trees.init_moment(name, params, accumulator_dtype),
+            inner_state=wrapped.init(params),
+        )
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, AccumulateState]:
+        def sum_of(g: jax.Array, total: jax.Array) -> jax.Array:
+            wide = trees.widen(g)
+            return total.astype(wide.dtype) + wide
+
+        def step() -> tuple[PyTree, PyTree, Any]:
+            mean = jax.tree.map(
+                lambda g, total: sum_of(g, total) / every_k, updates, state.grad_sum
+            )
+            new, inner_state = wrapped.update(
+                mean, state.inner_state, params, **extra_args
+            )
+            return new, jax.tree.map(jnp.zeros_like, state.grad_sum), inner_state
+
+        def wait() -> tuple[PyTree, PyTree, Any]:
+            zeros = jax.tree.map(
+                lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(step)[0]
+            )
+            total = jax.tree.map(
+                lambda g, total: sum_of(g, total).astype(total.dtype),
+                updates,
+                state.grad_sum,
+            )
+            return zeros, total, state.inner_state
+
+        is_last = state.micro_step == every_k - 1
+        new, grad_sum, inner_state = jax.lax.cond(is_last, step, wait)
+        micro_step = jnp.where(is_last, 0, state.micro_step + 1)
+        return new, AccumulateState(micro_step, grad_sum, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,1 @@
+"""Steps divided by a running size of the gradient: AdaGrad, Adam and what followed."""

@@ -1,0 +1,64 @@
+"""Gradient centralization: the inputs of an output share no common push.
+
+    g <- g - mean of g over fan_in                       each column of a matrix
+
+Source: Yong et al., Gradient centralization, arXiv 2004.01461, equation 1. Differs from
+`optax.centralize`, which keeps axis 0 whatever it means and treats stacks as one.
+"""
+
+import math
+from typing import Any
+
+import jax
+import optax
+
+from optaxplus import trees
+from optaxplus.custom_types import Axes, PyTree
+from optaxplus.numerics.matrix_axes import MatrixAxes
+from optaxplus.partition.inference import axes_of
+
+__all__ = ["centralize"]
+
+
+def _centralize_leaf(g: jax.Array, axes: MatrixAxes) -> jax.Array:
+    wide = trees.widen(g)
+    inputs = math.prod(g.shape[axis] for axis in axes.fan_in)
+    # The mean of a single input is all of it, which would never learn.
+    if not axes.is_matrix or inputs < 2:
+        return wide
+    return wide - wide.mean(axis=axes.fan_in, keepdims=True)
+
+
+def centralize(*, axes: Axes = None) -> optax.GradientTransformation:
+    """Subtracts from the gradient of every weight matrix its mean over the inputs.
+
+    A constraint on the weights: each column keeps the sum it started with. Vectors and
+    matrices with a single input pass unchanged. No state.
+
+    Args:
+      axes: Matrix axes, see `optaxplus.custom_types`.
+
+    Returns:
+      A transformation with an empty state; emits float32.
+
+    Raises:
+      TypeError: If a parameter is not floating point.
+      ValueError: If axes do not fit.
+    """
+    name = "centralize"
+
+    def init_fn(params: PyTree) -> optax.EmptyState:
+        trees.check_floating(name, params)
+        axes_of(name, axes, params)
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
+        del params
+        return (
+            jax.tree.map(_centralize_leaf, updates, axes_of(name, axes, updates)),
+            state,
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)

@@ -1,0 +1,118 @@
+"""Rows of optimizers whose statistics belong to a matrix or vector."""
+
+import jax.numpy as jnp
+import optax
+
+import optaxplus as ox
+from tests.case import Case
+from tests.cases.expectations import (
+    decay_of,
+    factored_branches,
+    reference,
+)
+from tests.references import (
+    adam_variants,
+    factored,
+    layerwise,
+)
+
+
+def _adam_mini(p, grads, learning_rate, is_matrix):
+    """A second moment for each output of a matrix, one for a vector."""
+    return adam_variants.adam_mini(
+        p,
+        grads,
+        learning_rate=learning_rate,
+        weight_decay=0.1,
+        by_output=is_matrix,
+    )
+
+
+CASES = [
+    Case(
+        "lars",
+        ox.lars,
+        {"trust_coefficient": 0.02},
+        learning_rate=1.0,
+        needs_params=True,
+        scope="block",
+        oracle=reference(layerwise.lars, trust_coefficient=0.02),
+        twin=lambda rate: optax.lars(rate, trust_coefficient=0.02),
+    ),
+    Case(
+        "lars-weight_decay",
+        ox.lars,
+        {"weight_decay": 0.01, "nesterov": True},
+        learning_rate=20.0,
+        needs_params=True,
+        scope="block",
+        # λ·w · η·‖w‖ / (λ·‖w‖), and Nesterov's first step is 1 + μ times as long.
+        zero_gradient=decay_of(1e-3 * 1.9),
+        oracle=reference(layerwise.lars, weight_decay=0.01, nesterov=True),
+    ),
+    Case(
+        "lamb",
+        ox.lamb,
+        {"weight_decay": 0.1},
+        learning_rate=0.15,
+        needs_params=True,
+        scope="block",
+        zero_gradient=decay_of(1.0),  # λ·w scaled to the norm of w
+        oracle=reference(layerwise.lamb, weight_decay=0.1),
+        twin=lambda rate: optax.lamb(rate, weight_decay=0.1),
+    ),
+    Case(
+        "adafactor",
+        ox.adafactor,
+        {"min_dim_size_to_factor": 2},
+        learning_rate=0.2,
+        static_args=("min_dim_size_to_factor",),
+        needs_params=True,
+        complex_supported=False,
+        scope="block",
+        oracle=reference(factored.adafactor, min_dim_size_to_factor=2),
+        torch={
+            "adafactor": None,
+            # Recorded as the largest learning rate; the paper's rule made it smaller.
+            "adafactor_relative_step": lambda step: jnp.minimum(
+                0.5, (step + 1.0) ** -0.5
+            ),
+        },
+        twin=lambda rate: optax.adafactor(rate, min_dim_size_to_factor=2),
+        branches=factored_branches,
+    ),
+    Case(
+        "adafactor-b1",
+        ox.adafactor,
+        {"min_dim_size_to_factor": 2, "b1": 0.9, "multiply_by_param_rms": False},
+        learning_rate=0.1,
+        static_args=("min_dim_size_to_factor",),
+        needs_params=True,
+        complex_supported=False,
+        scope="block",
+        oracle=reference(
+            factored.adafactor,
+            min_dim_size_to_factor=2,
+            momentum=0.9,
+            multiply_by_parameter_scale=False,
+        ),
+        twin=lambda rate: optax.adafactor(
+            rate,
+            min_dim_size_to_factor=2,
+            momentum=0.9,
+            multiply_by_parameter_scale=False,
+        ),
+        branches=factored_branches,
+    ),
+    Case(
+        "adam_mini",
+        ox.adam_mini,
+        {"weight_decay": 0.1},
+        learning_rate=0.1,
+        needs_params=True,
+        scope="block",
+        zero_gradient=decay_of(0.1),
+        oracle=_adam_mini,
+        torch={"adam_mini": None},
+    ),
+]
