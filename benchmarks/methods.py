@@ -183,6 +183,13 @@ METHODS = (
         "memory is not the limit",
     ),
     Method(
+        "came",
+        ox.came(0.1),
+        arxiv("2307.02047"),
+        "Adafactor's memory plus momentum, for fine-tuning and large batches",
+        "the second moment of AdamW is affordable",
+    ),
+    Method(
         "muon",
         ox.muon(0.1),
         "[Jordan et al. 2024](https://kellerjordan.github.io/posts/muon), "

@@ -119,4 +119,5 @@ ROWS = (
         Torch("Adafactor"),
         target=0.7,
     ),
+    Row("came", ox.came(_RATE)),
 )

@@ -12,7 +12,7 @@ from optaxplus.optimizers.after_adam import adan, ademamix, adopt, stable_adamw
 from optaxplus.optimizers.averaged import ranger
 from optaxplus.optimizers.blockwise import adam_mini
 from optaxplus.optimizers.classical import adagrad, rmsprop, sgd
-from optaxplus.optimizers.factored import adafactor
+from optaxplus.optimizers.factored import adafactor, came
 from optaxplus.optimizers.layerwise import lamb, lars
 from optaxplus.optimizers.matrix import muon
 from optaxplus.optimizers.sign import lion, signum
@@ -51,6 +51,7 @@ from optaxplus.transforms.cautious import CautiousState, cautious
 from optaxplus.transforms.centralization import centralize
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.clipping import clip_by_global_norm, clip_update_rms
+from optaxplus.transforms.confidence import ScaleByConfidenceState, scale_by_confidence
 from optaxplus.transforms.factored import FactoredRmsState, factored_rms
 from optaxplus.transforms.layerwise import scale_by_param_rms, trust_ratio
 from optaxplus.transforms.momentum import (
@@ -87,6 +88,7 @@ __all__ = [
     "ScaleByAdanState",
     "ScaleByAdemamixState",
     "ScaleByAdoptState",
+    "ScaleByConfidenceState",
     "ScaleByEmaState",
     "ScaleByLionState",
     "ScaleByMomentumState",
@@ -104,6 +106,7 @@ __all__ = [
     "ademamix",
     "adopt",
     "amsgrad",
+    "came",
     "cautious",
     "centralize",
     "chain_in_float32",
@@ -138,6 +141,7 @@ __all__ = [
     "scale_by_adan",
     "scale_by_ademamix",
     "scale_by_adopt",
+    "scale_by_confidence",
     "scale_by_ema",
     "scale_by_lion",
     "scale_by_matrix_shape",

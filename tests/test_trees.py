@@ -208,3 +208,77 @@ def test_abstract_parameters_are_checked_too(state):
     trees.check_floating("test", jax.ShapeDtypeStruct((2, 3), "float32"))
     with pytest.raises(TypeError, match="parameter '' of dtype int32"):
         trees.check_floating("test", jax.ShapeDtypeStruct((2, 3), "int32"))
+
+
+# Masks
+
+TREE = {"a": {"x": 1.0, "y": [2.0, 3.0]}, "b": 4.0, "n": None, "m": optax.MaskedNode()}
+
+
+def masked(a: object, b: object):
+    return {"a": a, "b": b, "n": None, "m": optax.MaskedNode()}
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (None, masked({"x": True, "y": [True, True]}, True)),
+        (False, masked({"x": False, "y": [False, False]}, False)),
+        (masked(True, False), masked({"x": True, "y": [True, True]}, False)),
+        (
+            masked({"x": False, "y": np.True_}, np.False_),
+            masked({"x": False, "y": [True, True]}, False),
+        ),
+        # An entry for what has no leaves is ignored.
+        (
+            {"a": True, "b": False, "n": None, "m": True},
+            masked({"x": True, "y": [True, True]}, False),
+        ),
+        (
+            lambda tree: masked(tree["b"] > 3, False),
+            masked({"x": True, "y": [True, True]}, False),
+        ),
+    ],
+    ids=["none", "one", "prefix", "numpy", "masked", "function"],
+)
+def test_masks_become_one_bool_a_leaf(mask, expected):
+    resolved = trees.resolve_mask("test", mask, TREE)
+    assert resolved == expected
+    assert all(type(entry) is bool for entry in jax.tree.leaves(resolved))
+
+
+def test_masks_of_abstract_parameters(state):
+    mask = trees.resolve_mask("test", lambda tree: True, state)
+    assert jax.tree.leaves(mask) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (masked(True, 1), "test: mask=1 at 'b' is not allowed; .* True or False"),
+        (masked({"x": "no", "y": True}, True), "test: mask='no' at 'a/x' is not"),
+        (lambda tree: 0, "test: mask=0 at '' is not allowed"),
+        (masked(True, np.ones(2, bool)), "test: mask=array.* at 'b' is not allowed"),
+    ],
+)
+def test_entries_that_are_no_bools_are_refused(mask, message: str):
+    with pytest.raises(TypeError, match=message):
+        trees.resolve_mask("test", mask, TREE)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"a": True, "b": True},
+        masked({"x": True}, True),
+        masked(True, {"z": True}),
+        masked({"x": True, "y": [True]}, True),
+        [True],
+        lambda tree: (True, True),
+    ],
+    ids=["missing", "missing_below", "too_deep", "short_list", "list", "function"],
+)
+def test_masks_of_another_structure_are_refused(mask):
+    message = "test: mask is not a prefix of the parameters' tree: "
+    with pytest.raises(ValueError, match=message):
+        trees.resolve_mask("test", mask, TREE)

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from optaxplus import validation
@@ -36,6 +37,12 @@ NUMBERS = {
         [0, 0.0, 0.999, np.float32(0.5)],
         [1, 1.0, -0.1, NAN, INF],
         r"a number in \[0, 1\)",
+    ),
+    "at_most": (
+        lambda value: validation.check_at_most("f", 1.0, x=value),
+        [1, 1.0, -3, np.float32(0.5), np.array(1.0)],
+        [1.5, 2, NAN, INF, np.float32(1.1)],
+        r"at most 1\.$",
     ),
 }
 NOT_NUMBERS = [
@@ -86,10 +93,29 @@ def test_arrays_and_tracers_pass_unread(name: str):
     jax.jit(lambda x: (check(x), x)[1])(jnp.nan)
 
 
-def test_schedules_are_learning_rates_only():
+def test_schedules_are_rates_only():
     validation.check_learning_rate("f", lambda step: 0.1)
+    validation.check_weight_decay("f", lambda step: 0.1)
     with pytest.raises(TypeError, match="f: x=<function"):
         validation.check_non_negative("f", x=lambda step: 0.1)
+
+
+@pytest.mark.parametrize("value", NUMBERS["learning_rate"][1])
+def test_weight_decays_pass(value):
+    validation.check_weight_decay("f", value)
+    validation.check_weight_decay("f", jnp.asarray(value))
+
+
+@pytest.mark.parametrize(
+    ("error", "values"),
+    [(ValueError, NUMBERS["learning_rate"][2]), (TypeError, NOT_NUMBERS)],
+)
+def test_other_weight_decays_are_refused(error, values):
+    # In the words of a learning rate, since they may be schedules too.
+    message = f"f: weight_decay=.* must be {NUMBERS['learning_rate'][3]}"
+    for value in values:
+        with pytest.raises(error, match=message):
+            validation.check_weight_decay("f", value)
 
 
 def test_every_argument_is_checked_by_its_name():
@@ -188,3 +214,24 @@ def test_params():
     )
     with pytest.raises(ValueError, match=message):
         validation.check_params("f", None)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [optax.identity(), optax.adam(0.1), optax.inject_hyperparams(optax.sgd)(0.1)],
+    ids=["plain", "extra_args", "injected"],
+)
+def test_transformations(value):
+    validation.check_transformation("f", "inner", value)
+
+
+@pytest.mark.parametrize(
+    "value", [None, optax.adam, 0.1, (len, len), optax.MultiSteps(optax.adam(0.1), 2)]
+)
+def test_other_than_transformations_are_refused(value):
+    message = (
+        r"f: inner=.* is not allowed; it must be an optax.GradientTransformation, such "
+        r"as optaxplus.adamw\(1e-3\)"
+    )
+    with pytest.raises(TypeError, match=message):
+        validation.check_transformation("f", "inner", value)

@@ -1,15 +1,18 @@
-"""Adafactor."""
+"""Adafactor and CAME: second moments from rows and columns."""
 
 import optax
 
 from optaxplus import validation
 from optaxplus.custom_types import Axes, DTypeName, Mask, Scalar, ScalarOrSchedule
+from optaxplus.numerics.hyperparameters import is_zero
 from optaxplus.transforms.chaining import chain_in_float32
+from optaxplus.transforms.confidence import scale_by_confidence
 from optaxplus.transforms.factored import factored_rms
 from optaxplus.transforms.layerwise import scale_by_param_rms
 from optaxplus.transforms.momentum import scale_by_ema
+from optaxplus.transforms.weight_decay import descend
 
-__all__ = ["adafactor"]
+__all__ = ["adafactor", "came"]
 
 
 def adafactor(
@@ -21,8 +24,9 @@ def adafactor(
     eps: Scalar = 1e-30,
     clip_threshold: Scalar = 1.0,
     multiply_by_param_rms: bool = True,
-    weight_decay: Scalar = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     mask: Mask = None,
+    decay: str = "decoupled",
     axes: Axes = None,
     mu_dtype: DTypeName = "float32",
     nu_dtype: DTypeName = "float32",
@@ -46,10 +50,10 @@ def adafactor(
       clip_threshold: Largest RMS of the update of a matrix or vector before the
         learning rate. > 0.
       multiply_by_param_rms: Whether steps are relative to max(1e-3, RMS(p)). Static.
-      weight_decay: Decay per step, relative to the learning rate, as everywhere in
-        this library. >= 0. (`optax.adafactor` does not multiply its decay by the
-        learning rate.)
+      weight_decay: Decay per step, >= 0, or a schedule of it; relative to the learning
+        rate unless `decay` is "independent", which is how `optax.adafactor` means it.
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all.
+      decay: Form of the weight decay, see `optaxplus.descend`. Static.
       axes: Matrix axes, see `optaxplus.custom_types`; experts and layers stay apart.
       mu_dtype: Dtype of the moving average, see `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of the statistics. Static.
@@ -69,7 +73,7 @@ def adafactor(
     """
     validation.check_learning_rate("adafactor", learning_rate)
     validation.check_flag("adafactor", multiply_by_param_rms=multiply_by_param_rms)
-    validation.check_non_negative("adafactor", weight_decay=weight_decay)
+    validation.check_weight_decay("adafactor", weight_decay)
     validation.check_positive("adafactor", clip_threshold=clip_threshold)
     return chain_in_float32(
         factored_rms(
@@ -82,7 +86,88 @@ def adafactor(
         ),
         scale_by_param_rms(axes=axes) if multiply_by_param_rms else optax.identity(),
         optax.identity() if b1 is None else scale_by_ema(b1, mu_dtype=mu_dtype),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        descend(learning_rate, weight_decay, mask=mask, decay=decay),
         requires_params="adafactor",
+    )
+
+
+def came(
+    learning_rate: ScalarOrSchedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    b3: Scalar = 0.9999,
+    eps: Scalar = 1e-30,
+    eps_confidence: Scalar = 1e-16,
+    clip_threshold: Scalar = 1.0,
+    min_dim_size_to_factor: int = 1,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    decay: str = "decoupled",
+    axes: Axes = None,
+    mu_dtype: DTypeName = "float32",
+    nu_dtype: DTypeName = "float32",
+) -> optax.GradientTransformationExtraArgs:
+    """CAME: Adafactor with momentum, which trusts updates that agree with it.
+
+    State: 4 bytes per parameter, and two rows and two columns a matrix.
+
+    Args:
+      learning_rate: See `optaxplus.custom_types`. 1e-4 to 1e-3 is usual.
+      b1: Decay rate of the average of the updates, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
+      b3: Decay rate of the squared distance from the average, in [0, 1).
+      eps: Added to the squared gradient. > 0.
+      eps_confidence: Added to the squared distance. > 0.
+      clip_threshold: Largest RMS of the update of a matrix or vector before it is
+        averaged. > 0.
+      min_dim_size_to_factor: Matrices whose shorter side is smaller keep the whole
+        second moment and are averaged only. >= 1. Static.
+      weight_decay: Decay per step, >= 0, or a schedule of it; relative to the learning
+        rate unless `decay` is "independent". Other than 0 it makes `update` need
+        params. Static if 0.
+      mask: Which parameters decay, see `optaxplus.custom_types`; None is all.
+      decay: Form of the weight decay, see `optaxplus.descend`. Static.
+      axes: Matrix axes, see `optaxplus.custom_types`; experts and layers stay apart.
+      mu_dtype: Dtype of the average, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the statistics. Static.
+
+    Returns:
+      A transformation whose update has the dtype of the gradient.
+
+    Raises:
+      TypeError: If an argument has a wrong type or a parameter is not real floating
+        point.
+      ValueError: If an argument is out of range, axes or mask do not fit, or `update`
+        is called without the params that it needs.
+
+    References:
+      Luo et al., arXiv 2307.02047; the authors' package came-pytorch 0.1.3.
+    """
+    validation.check_learning_rate("came", learning_rate)
+    validation.check_weight_decay("came", weight_decay)
+    validation.check_decay_rate("came", b2=b2)
+    validation.check_positive(
+        "came", clip_threshold=clip_threshold, eps_confidence=eps_confidence
+    )
+    return chain_in_float32(
+        factored_rms(
+            b2=b2,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+            eps=eps,
+            clip_threshold=clip_threshold,
+            axes=axes,
+            nu_dtype=nu_dtype,
+        ),
+        scale_by_confidence(
+            b1,
+            b3,
+            eps=eps_confidence,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+            axes=axes,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+        ),
+        descend(learning_rate, weight_decay, mask=mask, decay=decay),
+        requires_params=None if is_zero(weight_decay) else "came",
     )

@@ -25,21 +25,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
-from optaxplus.numerics.hyperparameters import as_epsilon
+from optaxplus.numerics.factored_squares import (
+    collapsed,
+    factor_squares,
+    init_factors,
+    inverse_root_factors,
+    mean_square_of_scaled,
+    spread_rows,
+)
+from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.matrix_axes import (
     MatrixAxes,
     block_shape,
     from_matrices,
-    split_columns,
     to_matrices,
 )
 from optaxplus.numerics.moving_averages import mix
-from optaxplus.numerics.norms import abs_square, block_mean, scaled_square
+from optaxplus.numerics.norms import abs_square, block_mean
 from optaxplus.partition.inference import axes_of
 
 __all__ = ["FactoredRmsState", "factored_rms"]
@@ -58,12 +64,6 @@ class FactoredRmsState(NamedTuple):
     nu: PyTree  # the parameter's shape where the leaf is not factored
 
 
-def _row_means(squares: jax.Array, axes: MatrixAxes) -> jax.Array:
-    """(*batch, fan_in, number of splits)."""
-    blocks = split_columns(squares, axes.splits)
-    return jnp.concatenate([b.mean(axis=-1, keepdims=True) for b in blocks], axis=-1)
-
-
 def _factored_leaf(
     g: jax.Array,
     nu_row: jax.Array,
@@ -78,23 +78,14 @@ def _factored_leaf(
     matrices = to_matrices(trees.widen(g), axes)
     rows = to_matrices(trees.widen(nu_row), axes)
     columns = to_matrices(trees.widen(nu_col), axes)
-    # Every reduction squares for itself, in an expression of its own: what two of them
-    # share is stored, a temporary of the size of the parameter.
-    row_means = -_row_means(-matrices * matrices, axes)
-    column_means = abs_square(matrices).mean(axis=-2, keepdims=True)
-    rows = mix(decay, rows, row_means + eps)
-    columns = mix(decay, columns, column_means + eps)
-    # The factors one after the other: products and quotients of them may underflow. A
-    # sum that overflowed says nothing of its rows any more: inf / inf would be NaN.
-    mean = rows.mean(axis=-2, keepdims=True)
-    row_scale = jnp.where(jnp.isinf(mean), 0.0, jnp.sqrt(mean) * jax.lax.rsqrt(rows))
+    rows, columns = factor_squares(
+        matrices, rows, columns, axes.splits, decay=decay, eps=eps
+    )
+    row_factors, column_factors = inverse_root_factors(rows, columns)
     if clip_threshold is not None:
-        in_rows = _row_means(scaled_square(1.0 / columns, matrices), axes)
-        mean_square = (in_rows * row_scale * row_scale).mean(axis=-2, keepdims=True)
-        row_scale = row_scale * _clip_scale(mean_square, clip_threshold)
-    if axes.splits:
-        row_scale = jnp.repeat(row_scale, np.asarray(axes.splits), axis=-1)
-    updates = matrices * row_scale * jax.lax.rsqrt(columns)
+        mean_square = mean_square_of_scaled(matrices, row_factors, columns, axes.splits)
+        row_factors = row_factors * _clip_scale(mean_square, clip_threshold)
+    updates = matrices * spread_rows(row_factors, axes.splits) * column_factors
     return (
         from_matrices(updates, axes, g.shape),
         from_matrices(rows, axes, nu_row.shape).astype(nu_row.dtype),
@@ -126,14 +117,15 @@ def _clip_scale(mean_square: jax.Array, threshold: Scalar) -> jax.Array:
     return 1.0 / jnp.maximum(1.0, jnp.sqrt(mean_square) / threshold)
 
 
-def _reduced(zeros: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Zeros with `axes` reduced to size 1, in the sharding that remains."""
-    return jnp.sum(zeros, axis=axes, keepdims=True, dtype=zeros.dtype)
+def _decay_at(count: jax.Array, decay_rate: Scalar) -> jax.Array:
+    """1 - t^(-γ), without cancellation; 0 in the first step."""
+    return -jnp.expm1(-decay_rate * jnp.log(count.astype(jnp.result_type(float))))
 
 
 def factored_rms(
     *,
     decay_rate: Scalar = 0.8,
+    b2: Scalar | None = None,
     min_dim_size_to_factor: int = 128,
     eps: Scalar = 1e-30,
     clip_threshold: Scalar | None = None,
@@ -146,6 +138,8 @@ def factored_rms(
 
     Args:
       decay_rate: Exponent γ > 0 of the decay rate 1 - t^(-γ).
+      b2: A constant decay rate in [0, 1) in place of that one, without bias correction
+        (CAME), or None. Static if None.
       min_dim_size_to_factor: Matrices whose shorter side is smaller keep the whole
         second moment. >= 1. Static.
       eps: Added to the squared gradient, in its units. > 0.
@@ -172,7 +166,9 @@ def factored_rms(
     validation.check_floating_dtype(name, nu_dtype=nu_dtype)
     if clip_threshold is not None:
         validation.check_positive(name, clip_threshold=clip_threshold)
-
+    if b2 is not None:
+        validation.check_decay_rate(name, b2=b2)
+        b2 = as_decay_rate(b2)
     eps = as_epsilon(eps)
 
     def is_factored(leaf_axes: MatrixAxes, shape: tuple[int, ...]) -> bool:
@@ -186,15 +182,10 @@ def factored_rms(
         def init_leaf(
             zeros: jax.Array, leaf_axes: MatrixAxes
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            everything = tuple(range(zeros.ndim))
-            if not is_factored(leaf_axes, zeros.shape):
-                # Two arrays, not one twice: a donated buffer can be given only once.
-                return _reduced(zeros, everything), _reduced(zeros, everything), zeros
-            rows = _reduced(zeros, leaf_axes.fan_out)
-            if leaf_axes.splits:
-                rows = jnp.repeat(rows, len(leaf_axes.splits), leaf_axes.fan_out[0])
-            columns = _reduced(zeros, leaf_axes.fan_in)
-            return rows, columns, _reduced(zeros, everything)
+            if is_factored(leaf_axes, zeros.shape):
+                return *init_factors(zeros, leaf_axes), collapsed(zeros)
+            # Two arrays, not one twice: a donated buffer can be given only once.
+            return collapsed(zeros), collapsed(zeros), zeros
 
         rows, columns, full = trees.map_several(
             init_leaf, 3, nu, axes_of(name, axes, params)
@@ -206,8 +197,7 @@ def factored_rms(
     ) -> tuple[PyTree, FactoredRmsState]:
         del params
         count = trees.increment(state.count)
-        # 1 - t^(-γ), without cancellation; 0 in the first step.
-        decay = -jnp.expm1(-decay_rate * jnp.log(count.astype(jnp.result_type(float))))
+        decay = _decay_at(count, decay_rate) if b2 is None else b2
 
         def leaf(
             g: jax.Array,

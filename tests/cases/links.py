@@ -70,6 +70,13 @@ CASES = [
     ),
     Case("scale_by_adam_mini", ox.scale_by_adam_mini, scope="block"),
     Case("cautious", ox.cautious, {"inner": ox.scale_by_adam()}, scope="block"),
+    Case(
+        "scale_by_confidence",
+        ox.scale_by_confidence,
+        static_args=("min_dim_size_to_factor",),
+        complex_supported=False,
+        scope="block",
+    ),
     Case("mars_correction", ox.mars_correction, scope="block"),
     Case("mars_correction-unclipped", ox.mars_correction, {"max_norm": None}),
     Case("centralize", ox.centralize, scope="block"),
@@ -121,11 +128,39 @@ CASES = [
         scope="block",
         zero_gradient=lambda p, _, __: 1e-3 * p,  # λ·w · η·‖w‖ / (λ·‖w‖)
     ),
+    Case(
+        "trust_ratio-optax",
+        ox.trust_ratio,
+        {"trust_coefficient": 1e-3, "weight_decay": 1e-2, "form": "optax"},
+        needs_params=True,
+        scope="block",
+        zero_gradient=lambda p, _, __: 1e-3 * p,
+    ),
+    *(
+        Case(
+            f"trust_ratio-{form}",
+            ox.trust_ratio,
+            {"trust_coefficient": 1e-3, "weight_decay": 1e-2, "form": form},
+            needs_params=True,
+            scope="block",
+        )
+        for form in ("tensorflow", "apex")
+    ),
+    Case("scale_by_adam-raw", ox.scale_by_adam, {"debias": False}),
     Case("scale_by_param_rms", ox.scale_by_param_rms, needs_params=True),
     Case(
         "factored_rms",
         ox.factored_rms,
         {"min_dim_size_to_factor": 2},
+        static_args=("min_dim_size_to_factor",),
+        complex_supported=False,
+        scope="block",
+        branches=factored_branches,
+    ),
+    Case(
+        "factored_rms-clipped",
+        ox.factored_rms,
+        {"min_dim_size_to_factor": 2, "b2": 0.9, "clip_threshold": 0.5},
         static_args=("min_dim_size_to_factor",),
         complex_supported=False,
         scope="block",

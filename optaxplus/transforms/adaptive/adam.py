@@ -50,7 +50,7 @@ def _adam_leaf(
     b2: Scalar,
     eps: Scalar,
     eps_root: Scalar,
-    scales: tuple[jax.Array, jax.Array, jax.Array],
+    scales: tuple[Scalar, Scalar, Scalar],
     nesterov: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """One leaf: (u, m, v, v_max). `scales` are 1/(1-β₁ᵗ) for m and g, 1/(1-β₂ᵗ)."""
@@ -75,6 +75,7 @@ def scale_by_adam(
     eps_root: Scalar = 0.0,
     amsgrad: bool = False,
     nesterov: bool = False,
+    debias: bool = True,
     mu_dtype: DTypeName = "float32",
     nu_dtype: DTypeName = "float32",
 ) -> optax.GradientTransformation:
@@ -92,6 +93,8 @@ def scale_by_adam(
         the update differentiable at 0. >= 0.
       amsgrad: Whether the denominator uses the largest mean square so far. Static.
       nesterov: Whether the numerator looks one step ahead. Static.
+      debias: Whether both means are divided by 1 - decayᵗ, which makes them weighted
+        means of the gradients seen. Static.
       mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of the mean square. In bfloat16 it stalls once a step changes it
         by less than 1/256. Static.
@@ -107,7 +110,7 @@ def scale_by_adam(
     name = "scale_by_adam"
     validation.check_decay_rate(name, b1=b1, b2=b2)
     validation.check_epsilon(name, eps=eps, eps_root=eps_root)
-    validation.check_flag(name, amsgrad=amsgrad, nesterov=nesterov)
+    validation.check_flag(name, amsgrad=amsgrad, nesterov=nesterov, debias=debias)
     validation.check_floating_dtype(name, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     b1, b2, eps = as_decay_rate(b1), as_decay_rate(b2), as_epsilon(eps)
 
@@ -125,9 +128,11 @@ def scale_by_adam(
     ) -> tuple[PyTree, ScaleByAdamState]:
         del params
         count = trees.increment(state.count)
-        scale_g = 1.0 / bias_correction(b1, count)
-        scale_mu = 1.0 / bias_correction(b1, count + 1) if nesterov else scale_g
-        scales = scale_mu, scale_g, 1.0 / bias_correction(b2, count)
+        scales = 1.0, 1.0, 1.0
+        if debias:
+            scale_g = 1.0 / bias_correction(b1, count)
+            scale_mu = 1.0 / bias_correction(b1, count + 1) if nesterov else scale_g
+            scales = scale_mu, scale_g, 1.0 / bias_correction(b2, count)
 
         def leaf(
             g: jax.Array,
