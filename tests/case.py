@@ -29,6 +29,7 @@ class Case:
         factory: The exported factory.
         kwargs: Its arguments, without the learning rate.
         learning_rate: For the descent, at its start; None for a link, which has none.
+        remaining_loss: Largest share of the loss that the descent may leave in a leaf.
         static_args: What `optax.inject_hyperparams` must leave alone.
         needs_params: Whether `update` does.
         complex_supported: Whether parameters may be complex.
@@ -46,6 +47,8 @@ class Case:
         oracle: Float64 reference of one block. For named optimizers.
         torch: Recorded PyTorch runs that the row reproduces, with the learning rate
             where it is not the recorded one.
+        bfloat16_rtol: How far a trajectory in bfloat16 may be from the reference, relative
+            to its largest entry.
         torch_rtol: Agreement with them, relative to the largest entry. The default is
             for ten steps in float64, from which the start is subtracted.
         twin: Learning rate -> the optax transformation that does the same.
@@ -56,6 +59,7 @@ class Case:
     factory: Callable[..., optax.GradientTransformation]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     learning_rate: float | None = None
+    remaining_loss: float = 0.3
     static_args: tuple[str, ...] = ()
     needs_params: bool = False
     complex_supported: bool = True
@@ -67,6 +71,7 @@ class Case:
     zero_gradient: Callable[[Array, float, str], Array] = _nothing
     oracle: Oracle | None = None
     torch: Mapping[str, Callable[[Any], Any] | None] = field(default_factory=dict)
+    bfloat16_rtol: float = 2e-2
     torch_rtol: float = 1e-9
     twin: Callable[[Any], optax.GradientTransformation] | None = None
     branches: Callable[[Any], Mapping[str, bool]] | None = None

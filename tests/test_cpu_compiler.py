@@ -33,23 +33,53 @@ def temporary_bytes_per_parameter(tx) -> float:
     return compiled.memory_analysis().temp_size_in_bytes / size
 
 
-@pytest.mark.parametrize(
-    ("tx", "allowed"),
-    [
-        # Rows, columns and scalars are temporaries too: 0.1 bytes per parameter.
-        pytest.param(ox.sgd(0.1, momentum=0.9), 0.1, id="momentum"),
-        pytest.param(ox.adamw(0.1), 0.1, id="adamw"),
-        pytest.param(
-            optax.chain(ox.clip_by_global_norm(1.0), ox.adamw(0.1)), 0.1, id="clip"
-        ),
-        pytest.param(ox.lion(0.1), 0.1, id="lion"),
-        pytest.param(ox.adafactor(0.1), 0.1, id="adafactor"),
-        pytest.param(
-            ox.adafactor(0.1, min_dim_size_to_factor=10_000), 0.1, id="unfactored"
-        ),
-        # The direction, which is stored between its norm and its use.
-        pytest.param(ox.lamb(0.1, weight_decay=0.1), 4.1, id="lamb"),
-    ],
-)
-def test_a_donated_step_has_no_parameter_sized_temporaries(tx, allowed: float):
+def clipped(tx):
+    return optax.chain(ox.clip_by_global_norm(1.0), tx)
+
+
+# Rows, columns and scalars are temporaries too: 0.1 bytes per parameter.
+NONE = 0.1
+# One number per parameter and the like.
+ONE = 4.0 + NONE
+WITHOUT_TEMPORARIES = {
+    "sgd": ox.sgd(0.1),
+    "momentum": ox.sgd(0.1, momentum=0.9),
+    "nesterov": ox.sgd(0.1, momentum=0.9, nesterov=True),
+    "adagrad": ox.adagrad(0.1),
+    "rmsprop": ox.rmsprop(0.1, centered=True, momentum=0.9),
+    "adam": ox.adam(0.1),
+    "adamw": ox.adamw(0.1, weight_decay=0.1),
+    "adamw-independent": ox.adamw(0.1, weight_decay=0.1, decay="independent"),
+    "clipped-adamw": clipped(ox.adamw(0.1, weight_decay=0.1)),
+    "amsgrad": ox.amsgrad(0.1),
+    "nadam": ox.nadam(0.1, weight_decay=0.1),
+    "radam": ox.radam(0.1, weight_decay=0.1),
+    "ademamix": ox.ademamix(0.1, alpha_warmup=9.0, b3_warmup=9.0, weight_decay=0.1),
+    "adam_mini": ox.adam_mini(0.1, weight_decay=0.1),
+    "lion": ox.lion(0.1),
+    "clipped-lion": clipped(ox.lion(0.1)),
+    "signum": ox.signum(0.1, weight_decay=0.1),
+    "lars": ox.lars(0.1, weight_decay=0.1),
+    "adafactor": ox.adafactor(0.1),
+    "adafactor-b1": ox.adafactor(0.1, b1=0.9),
+    "adafactor-unfactored": ox.adafactor(0.1, min_dim_size_to_factor=10_000),
+}
+WITH_ONE = {
+    # The direction, which is stored between its norm and its use.
+    "lamb": ox.lamb(0.1, weight_decay=0.1),
+    # The direction, which both the parameters and their slow copies look at.
+    "lookahead": ox.lookahead(ox.adamw(0.1)),
+    # What is read by two others when its own memory is overwritten: v, g of before.
+    "adopt": ox.adopt(0.1, weight_decay=0.1),
+    "adan": ox.adan(0.1, weight_decay=0.1),
+    "mars": ox.mars(0.1),
+    # The update, between its distance from the average and that average.
+    "came": ox.came(0.1),
+}
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_TEMPORARIES, *WITH_ONE])
+def test_temporaries_of_a_donated_step(name: str):
+    allowed = NONE if name in WITHOUT_TEMPORARIES else ONE
+    tx = (WITHOUT_TEMPORARIES | WITH_ONE)[name]
     assert temporary_bytes_per_parameter(tx) <= allowed

@@ -57,15 +57,19 @@ def recorded(dtype: str, leaves: Iterable[str] = tuple(AXES)):
     )
 
 
-def from_start(trajectory: Mapping[str, Any]) -> dict[str, Any]:
+def from_start(
+    trajectory: Mapping[str, Any], params: Mapping[str, Any] = RECORDED.params
+) -> dict[str, Any]:
     """A recorded or reference trajectory, less the parameters it started from."""
     return {
-        key: np.asarray(leaf, np.float64) - RECORDED.params[key]
+        key: np.asarray(leaf, np.float64) - np.asarray(params[key], np.float64)
         for key, leaf in trajectory.items()
     }
 
 
-def oracle_trajectory(case: Case, grads: Mapping[str, Any], learning_rate: Any):
+def oracle_trajectory(
+    case: Case, params: Mapping[str, Any], grads: Mapping[str, Any], learning_rate: Any
+):
     """The reference, one block after the other, in float64."""
 
     def run(p, g):
@@ -75,7 +79,7 @@ def oracle_trajectory(case: Case, grads: Mapping[str, Any], learning_rate: Any):
         key: np.stack([run(p[i], grads[key][:, i]) for i in range(len(p))], axis=1)
         if p.ndim == 3
         else run(p, grads[key])
-        for key, p in RECORDED.params.items()
+        for key, p in params.items()
     }
 
 
@@ -91,27 +95,46 @@ def clipped(grads: Mapping[str, Any], max_norm: float) -> dict[str, Any]:
     }
 
 
+# A rate that falls by half in ten steps, for a number and for a traced step.
+def schedule(step: Any) -> Any:
+    return RATE / (1.0 + 0.1 * step)
+
+
+# Dtype -> (learning rate, tolerance relative to the largest entry, and that of rows
+# that multiply matrices; None is what the row says). float64: the reference loses
+# 1e-16 / 5e-6 where it subtracts the start of the leaf that moves least; Muon's
+# normalisation has a margin of 1e-7. float32: ten steps of a few dozen roundings of
+# 6e-8. bfloat16: updates are rounded by 2^-9 of themselves, and parameters, which decay
+# and norms look at, by 2^-9 of themselves ten times over; or what the row says.
+PRECISIONS = {
+    "float64": (RATE, 1e-9, 2e-6),
+    "float32": (schedule, 1e-5, None),
+    "bfloat16": (RATE, None, BFLOAT16_RTOL),
+}
+
+
 @each_named
-def test_oracle(case: Case) -> None:
-    grads = RECORDED.grads
-    if "clip_norm" in case.kwargs:
-        grads = clipped(grads, case.kwargs["clip_norm"])
-        assert all(np.abs(grads[key]).max() < 5.0 for key in grads)
-    theirs = from_start(oracle_trajectory(case, grads, RATE))
-    for dtype in ("float64", "float32"):
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_oracle(case: Case, dtype: str) -> None:
+    rate, rtol, matrix_rtol = PRECISIONS[dtype]
+    with jax.enable_x64(dtype == "float64"):
+        params, grads = recorded(dtype)
+        # The reference starts from what the dtype made of the numbers.
+        start, seen = (
+            {key: np.asarray(leaf, np.float64) for key, leaf in tree.items()}
+            for tree in (params, grads)
+        )
+        if "clip_norm" in case.kwargs:
+            seen = clipped(seen, case.kwargs["clip_norm"])
+            assert all(np.abs(seen[key]).max() < 5.0 for key in seen)
+        theirs = from_start(oracle_trajectory(case, start, seen, rate), start)
         iterates = case.contracts_sharded_axes
         wide = {"compute_dtype": "float64"} if iterates and dtype == "float64" else {}
-        tx = case.make(RATE, **case.with_axes(AXES), **wide)
-        with jax.enable_x64(dtype == "float64"):
-            ours = displacements(tx, *recorded(dtype))
-        # float64: the reference loses 1e-16 / 5e-6 where it subtracts the start of the
-        # leaf that moves least; Muon's normalisation has a margin of 1e-7. float32: ten
-        # steps of a few dozen roundings of 6e-8, or what the row says of its own.
-        if dtype == "float64":
-            rtol = 2e-6 if iterates else 1e-9
-        else:
-            rtol = case.rtol if iterates else 1e-5
-        assert_trees_close(ours, theirs, rtol=rtol)
+        tx = case.make(rate, **case.with_axes(AXES), **wide)
+        ours = displacements(tx, params, grads)
+    if iterates:
+        rtol = matrix_rtol or case.rtol
+    assert_trees_close(ours, theirs, rtol=rtol or case.bfloat16_rtol)
 
 
 @pytest.mark.parametrize(
@@ -184,4 +207,4 @@ def test_descends_on_every_problem(case: Case, dtype: str) -> None:
     ratios = jax.tree.map(lambda a, b: float(a / b), after, before)
     # Every leaf on its own: a branch that stands still or climbs shows.
     for path, ratio in trees.leaves_with_paths(ratios):
-        assert ratio < 0.3, f"{path}: {ratio}"
+        assert ratio < case.remaining_loss, f"{path}: {ratio}"

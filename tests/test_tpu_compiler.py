@@ -56,26 +56,52 @@ def fusions(compiled):
     return len(re.findall(r" fusion\(", text[text.index("ENTRY") :]))
 
 
-@pytest.mark.parametrize(
-    "tx",
-    [
-        pytest.param(ox.sgd(0.1), id="sgd"),
-        pytest.param(ox.sgd(0.1, momentum=0.9, nesterov=True), id="nesterov"),
-        pytest.param(ox.adam(0.1), id="adam"),
-        pytest.param(ox.amsgrad(0.1), id="amsgrad"),
-        pytest.param(ox.adamw(0.1), id="adamw"),
-        pytest.param(ox.lion(0.1), id="lion"),
-    ],
-)
-def test_an_elementwise_step_is_one_fusion_a_leaf_without_temporaries(tx, params):
-    compiled = compiled_step(tx, params)
+ELEMENTWISE = {
+    "sgd": ox.sgd(0.1),
+    "nesterov": ox.sgd(0.1, momentum=0.9, nesterov=True),
+    "adagrad": ox.adagrad(0.1, weight_decay=0.1),
+    "rmsprop": ox.rmsprop(0.1, centered=True, momentum=0.9),
+    "adam": ox.adam(0.1),
+    "adamw": ox.adamw(0.1),
+    "adamw-cautious": ox.adamw(0.1, decay="cautious"),
+    "amsgrad": ox.amsgrad(0.1),
+    "nadam": ox.nadam(0.1, weight_decay=0.1),
+    "radam": ox.radam(0.1, weight_decay=0.1),
+    "ranger": ox.ranger(0.1, gradient_centralization=False, weight_decay=0.1),
+    "adan": ox.adan(0.1, weight_decay=0.1),
+    "adopt": ox.adopt(0.1, weight_decay=0.1),
+    "ademamix": ox.ademamix(0.1, alpha_warmup=9.0, b3_warmup=9.0),
+    "lion": ox.lion(0.1),
+    "signum": ox.signum(0.1),
+}
+# The norm, mean or fraction of each matrix or vector first.
+WITH_A_REDUCTION = {
+    "clip_by_global_norm": optax.chain(ox.clip_by_global_norm(1.0), ox.adamw(0.1)),
+    "lamb": ox.lamb(0.1, weight_decay=0.1),
+    "stable_adamw": ox.stable_adamw(0.1),
+    "centralize": optax.chain(ox.centralize(), ox.adamw(0.1)),
+    "cautious": optax.chain(ox.cautious(ox.scale_by_adam()), ox.descend(0.1)),
+    "mars": ox.mars(0.1),
+}
+# Two norms of different arrays; a mean whose average is stored.
+WITH_TWO = {
+    "lars": ox.lars(0.1, weight_decay=0.1),
+    "adam_mini": ox.adam_mini(0.1),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_an_elementwise_step_is_one_fusion_a_leaf_without_temporaries(name, params):
+    compiled = compiled_step(ELEMENTWISE[name], params)
     assert fusions(compiled) == LEAVES
     assert compiled.memory_analysis().temp_size_in_bytes == 0
 
 
-def test_global_norm_clipping_adds_one_reduction_a_leaf(params):
-    tx = optax.chain(ox.clip_by_global_norm(1.0), ox.adamw(0.1))
-    assert fusions(compiled_step(tx, params)) <= 2 * LEAVES
+@pytest.mark.parametrize("name", [*WITH_A_REDUCTION, *WITH_TWO])
+def test_a_reduction_is_one_fusion_more_a_leaf(name, params):
+    tx = (WITH_A_REDUCTION | WITH_TWO)[name]
+    reductions = 1 if name in WITH_A_REDUCTION else 2
+    assert fusions(compiled_step(tx, params)) <= (1 + reductions) * LEAVES
 
 
 def test_muon_multiplies_bfloat16_matrices_into_float32(params):

@@ -1,6 +1,7 @@
 """Adafactor and CAME: second moments from rows and columns."""
 
 import optax
+from jax.typing import ArrayLike
 
 from optaxplus import validation
 from optaxplus.custom_types import Axes, DTypeName, Mask, Scalar, ScalarOrSchedule
@@ -41,8 +42,8 @@ def adafactor(
     Args:
       learning_rate: See `optaxplus.custom_types`. Relative to the RMS of the
         parameters unless `multiply_by_param_rms` is False. 1e-2 is usual.
-      b1: Decay rate in [0, 1) of a moving average of the update (4 bytes per parameter
-        more), or None. Static if None.
+      b1: Decay rate in [0, 1) of a moving average of the steps, after the learning rate
+        (4 bytes per parameter more), or None. Static if None.
       decay_rate: Exponent of the second moment's decay rate 1 - t^(-decay_rate). > 0.
       min_dim_size_to_factor: Matrices whose shorter side is smaller keep the whole
         second moment. >= 1. Static.
@@ -68,13 +69,23 @@ def adafactor(
         called without params.
 
     References:
-      Shazeer and Stern, arXiv 1804.04235. Equals `optax.adafactor` with a constant
-      learning rate; optax applies the learning rate before the moving average.
+      Shazeer and Stern, arXiv 1804.04235. Equals `optax.adafactor` but for what is
+      factored, see `optaxplus.factored_rms`, and the weight decay.
     """
     validation.check_learning_rate("adafactor", learning_rate)
     validation.check_flag("adafactor", multiply_by_param_rms=multiply_by_param_rms)
     validation.check_weight_decay("adafactor", weight_decay)
     validation.check_positive("adafactor", clip_threshold=clip_threshold)
+    if b1 is None:
+        steps = (descend(learning_rate, weight_decay, mask=mask, decay=decay),)
+    else:
+        # The average is one of steps, their lengths included.
+        relative_decay = _relative(weight_decay, learning_rate, decay)
+        steps = (
+            optax.scale_by_learning_rate(learning_rate, flip_sign=False),
+            scale_by_ema(b1, mu_dtype=mu_dtype),
+            descend(1.0, relative_decay, mask=mask, decay=decay),
+        )
     return chain_in_float32(
         factored_rms(
             decay_rate=decay_rate,
@@ -85,10 +96,24 @@ def adafactor(
             nu_dtype=nu_dtype,
         ),
         scale_by_param_rms(axes=axes) if multiply_by_param_rms else optax.identity(),
-        optax.identity() if b1 is None else scale_by_ema(b1, mu_dtype=mu_dtype),
-        descend(learning_rate, weight_decay, mask=mask, decay=decay),
+        *steps,
         requires_params="adafactor",
     )
+
+
+def _relative(
+    weight_decay: ScalarOrSchedule, learning_rate: ScalarOrSchedule, decay: str
+) -> ScalarOrSchedule:
+    """The decay of a step that has its learning rate already."""
+    if decay == "independent":
+        return weight_decay
+    if not callable(weight_decay) and not callable(learning_rate):
+        return weight_decay * learning_rate
+
+    def at(value: ScalarOrSchedule, step: ArrayLike) -> ArrayLike:
+        return value(step) if callable(value) else value
+
+    return lambda step: at(weight_decay, step) * at(learning_rate, step)
 
 
 def came(

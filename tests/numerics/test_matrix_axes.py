@@ -11,11 +11,13 @@ from optaxplus.numerics.matrix_axes import (
     MatrixAxes,
     block_axes,
     block_shape,
+    block_statistic,
     from_matrices,
     map_matrices,
     reduce_blocks,
     resolve_axes,
     split_columns,
+    spread_statistic,
     to_matrices,
 )
 
@@ -170,6 +172,68 @@ def test_reduced_splits_have_the_full_width():
     np.testing.assert_array_equal(reduced, [[5.0, 16.0, 16.0]])
 
 
+# axes, shape, shape of the stored statistic
+STORED = {
+    "one_split": (MatrixAxes((0,), (1,), splits=(4,)), (3, 4), (1, 1)),
+    "last_axis": (MatrixAxes((0,), (1,), splits=(2, 2, 3)), (4, 7), (1, 3)),
+    "negative": (MatrixAxes((-2,), (-1,), splits=(1, 5)), (2, 4, 6), (2, 1, 2)),
+    "own_axis": (
+        MatrixAxes((0,), (1, 2, 3), splits=(4, 8)),
+        (5, 3, 2, 2),
+        (1, 2, 1, 1),
+    ),
+    "transposed": (MatrixAxes((1,), (0,), splits=(1, 2, 3)), (6, 4), (3, 1)),
+    "reordered": (MatrixAxes((0,), (3, 1), splits=(6, 2)), (5, 2, 3, 4), (1, 1, 3, 2)),
+    "vector": (MatrixAxes((), (0,), splits=(2, 3)), (5,), (2,)),
+    "batch_behind": (MatrixAxes((0,), (1,), splits=(1, 1)), (3, 2, 4), (1, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_statistic_has_one_number_a_split(name: str):
+    axes, shape, stored = STORED[name]
+    x = numbered(shape)
+    statistic = block_statistic(total, jnp.asarray(x), axes)
+    assert statistic.shape == stored
+    resolved = resolve_axes(axes, shape)
+    matrices = np.asarray(to_matrices(jnp.asarray(x), resolved))
+    ends = np.cumsum((0, *axes.splits))
+    sums = np.stack(
+        [
+            matrices[..., start:end].sum(axis=(-2, -1))
+            for start, end in itertools.pairwise(ends)
+        ],
+        axis=-1,
+    )
+    # Sums of small integers are exact in float32.
+    np.testing.assert_array_equal(to_matrices(statistic, resolved)[..., 0, :], sums)
+    # Spread, every column has the number of its split.
+    spread = spread_statistic(statistic, axes, shape)
+    columns = np.repeat(sums, axes.splits, axis=-1)[..., None, :]
+    whole = from_matrices(jnp.broadcast_to(columns, matrices.shape), resolved, shape)
+    np.testing.assert_array_equal(jnp.broadcast_to(spread, shape), whole)
+    np.testing.assert_array_equal(reduce_blocks(total, x, axes), spread)
+    # Rows are left to broadcasting.
+    assert {spread.shape[axis] for axis in resolved.fan_in} <= {1}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_statistic_without_splits_is_stored_as_it_broadcasts(name: str):
+    axes, shape, _ = VIEWS[name]
+    x = jnp.asarray(numbered(shape))
+    statistic = block_statistic(total, x, axes)
+    np.testing.assert_array_equal(statistic, reduce_blocks(total, x, axes))
+    assert spread_statistic(statistic, axes, shape) is statistic
+
+
+def test_splits_are_spread_inside_a_program():
+    # Their sizes have to be static there.
+    axes = MatrixAxes((0,), (1,), splits=(1, 2))
+    x = jnp.asarray([[1.0, 2.0, 3.0]])
+    spread = jax.jit(lambda x: reduce_blocks(total, x, axes))(x)
+    np.testing.assert_array_equal(spread, [[1.0, 5.0, 5.0]])
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 2, 3), (2, 0, 3)])
 def test_empty_arrays_keep_their_shape(shape: tuple[int, ...]):
     result = map_matrices(lambda matrices: matrices * 2, jnp.zeros(shape), _MATRIX)
@@ -255,12 +319,16 @@ def test_impossible_axes_are_refused(arguments, message: str):
         ),
     ],
 )
-@pytest.mark.parametrize("user", ["resolve_axes", "map_matrices", "block_shape"])
+@pytest.mark.parametrize(
+    "user", ["resolve_axes", "map_matrices", "block_shape", "block_statistic", "spread"]
+)
 def test_axes_that_do_not_fit_are_refused(axes, shape, message: str, user: str):
     call = {
         "resolve_axes": lambda: resolve_axes(axes, shape),
         "map_matrices": lambda: map_matrices(lambda x: x, jnp.zeros(shape), axes),
         "block_shape": lambda: block_shape(axes, shape),
+        "block_statistic": lambda: block_statistic(total, jnp.zeros(shape), axes),
+        "spread": lambda: spread_statistic(jnp.zeros(shape), axes, shape),
     }[user]
     with pytest.raises(ValueError, match=message):
         call()
