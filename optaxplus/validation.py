@@ -69,13 +69,13 @@ def check_learning_rate(function: str, value: Any, argument: str = "learning_rat
     )
 
 
-def check_weight_decay(function: str, value: Any):
+def check_weight_decay(function: str, value: Any, argument: str = "weight_decay"):
     """Refuses a weight decay that is neither finite and >= 0 nor a schedule."""
     if callable(value):
         return
     _check_number(
         function,
-        "weight_decay",
+        argument,
         value,
         lambda x: math.isfinite(x) and x >= 0,
         "a finite number >= 0, a scalar array, or a schedule (step -> number)",

@@ -47,8 +47,8 @@ class Case:
         oracle: Float64 reference of one block. For named optimizers.
         torch: Recorded PyTorch runs that the row reproduces, with the learning rate
             where it is not the recorded one.
-        bfloat16_rtol: How far a trajectory in bfloat16 may be from the reference, relative
-            to its largest entry.
+        bfloat16_rtol: How far a trajectory in bfloat16 may be from the reference,
+            relative to its largest entry.
         torch_rtol: Agreement with them, relative to the largest entry. The default is
             for ten steps in float64, from which the start is subtracted.
         twin: Learning rate -> the optax transformation that does the same.

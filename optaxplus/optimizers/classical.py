@@ -50,7 +50,8 @@ def sgd(
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
-      ValueError: If an argument is out of range, or Nesterov does not fit the others.
+      ValueError: If an argument is out of range, Nesterov does not fit the others, or
+        `update` is called without the params that it needs.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox

@@ -9,6 +9,7 @@ import optax
 from optaxplus import validation
 from optaxplus.custom_types import DTypeName, PyTree, Scalar, ScalarOrSchedule
 from optaxplus.numerics.hyperparameters import is_zero
+from optaxplus.numerics.newton_schulz import check_compute_dtype
 from optaxplus.partition.routing import route
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
 from optaxplus.transforms.adaptive.adam import scale_by_adam
@@ -59,7 +60,7 @@ def mars(
         as in Muon. Static.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1). Of "adamw" alone.
-      eps: Added to the denominator. > 0. Of "adamw" alone.
+      eps: Added to the denominators of "adamw" and of vectors. > 0.
       gamma: Strength of the correction, see `optaxplus.mars_correction`. >= 0.
       max_norm: Largest norm of a matrix's corrected gradient. > 0, or None.
       weight_decay: Decay of matrices per step, >= 0, or a schedule of it; relative to
@@ -98,7 +99,12 @@ def mars(
     validation.check_learning_rate(name, learning_rate)
     validation.check_learning_rate(name, adamw_learning_rate, "adamw_learning_rate")
     validation.check_weight_decay(name, weight_decay)
-    validation.check_weight_decay(name, adamw_weight_decay)
+    validation.check_weight_decay(name, adamw_weight_decay, "adamw_weight_decay")
+    validation.check_decay_rate(
+        name, b1=b1, b2=b2, adamw_b1=adamw_b1, adamw_b2=adamw_b2
+    )
+    validation.check_positive(name, eps=eps)
+    check_compute_dtype(name, compute_dtype)
     validation.check_flag(name, correct_vectors=correct_vectors)
     validation.check_choice(name, "variant", variant, ("adamw", "lion", "shampoo"))
     if variant == "shampoo" and correct_vectors:

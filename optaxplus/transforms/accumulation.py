@@ -91,6 +91,8 @@ def accumulate(
             new, inner_state = wrapped.update(
                 mean, state.inner_state, params, **extra_args
             )
+            # Many of optax's moments take the dtype of the gradients that they meet.
+            inner_state = trees.cast_like(inner_state, state.inner_state)
             return new, jax.tree.map(jnp.zeros_like, state.grad_sum), inner_state
 
         def wait() -> tuple[PyTree, PyTree, Any]:

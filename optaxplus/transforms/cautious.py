@@ -82,6 +82,7 @@ def cautious(
     name = "cautious"
     validation.check_transformation(name, "inner", inner)
     validation.check_positive(name, min_fraction=min_fraction)
+    validation.check_at_most(name, 1.0, min_fraction=min_fraction)
     wrapped = optax.with_extra_args_support(inner)
 
     def init_fn(params: PyTree) -> CautiousState:

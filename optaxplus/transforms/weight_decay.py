@@ -47,7 +47,8 @@ def _independent(u: jax.Array, p: jax.Array, lr: Scalar, decay: Scalar) -> jax.A
 
 
 def _cautious(u: jax.Array, p: jax.Array, lr: Scalar, decay: Scalar) -> jax.Array:
-    agrees = (u * jnp.conj(p)).real >= 0
+    # Signs, because the product of two small numbers is 0.
+    agrees = (jnp.sign(u) * jnp.conj(jnp.sign(p))).real >= 0
     return -lr * (u + jnp.where(agrees, decay * p, jnp.zeros_like(p)))
 
 

@@ -94,8 +94,8 @@ def scale_by_adan(
       nu_dtype: Dtype of the mean square. Static.
 
     Returns:
-      A transformation with state `ScaleByAdanState`; emits float32. Where squared
-      gradients overflow float32 (|g| > 1e19) the update is 0 from then on.
+      A transformation with state `ScaleByAdanState`; emits float32. Where (1 - b3)·|g|²
+      overflows float32 (|g| > 1.8e19 / sqrt(1 - b3)) the update is 0 from then on.
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.

@@ -107,8 +107,9 @@ def scale_by_ademamix(
       nu_dtype: Dtype of the mean square. Static.
 
     Returns:
-      A transformation with state `ScaleByAdemamixState`; emits float32. Where squared
-      gradients overflow float32 (|g| > 1.8e19) the update is 0 from then on.
+      A transformation with state `ScaleByAdemamixState`; emits float32. Where (1 -
+      b2)·|g|² overflows float32 (|g| > 1.8e19 / sqrt(1 - b2)) the update is 0 from then
+      on.
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.

@@ -118,8 +118,9 @@ def scale_by_radam(
       nu_dtype: Dtype of the mean square. Static.
 
     Returns:
-      A transformation with state `ScaleByRadamState`; emits float32. Where squared
-      gradients overflow float32 (|g| > 1.8e19) rectified updates are 0 from then on.
+      A transformation with state `ScaleByRadamState`; emits float32. Where (1 -
+      b2)·|g|² overflows float32 (|g| > 1.8e19 / sqrt(1 - b2)) rectified updates are 0
+      from then on.
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
