@@ -4,8 +4,14 @@ import os
 
 # Read when JAX starts its backend, so before anything imports it.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # Eight threads on two busy cores may be late; the default is to abort.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "--xla_cpu_collective_timeout_seconds=600",
+    ]
 )
 
 from collections.abc import Iterator

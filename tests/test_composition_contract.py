@@ -16,10 +16,11 @@ from tests.assertions import (
     assert_trees_close,
     assert_trees_equal,
 )
-from tests.cases import CASES, NAMED, Case
+from tests.cases import CASES, NAMED, Case, variants_are_slow
 from tests.trajectories import run
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_factory = pytest.mark.parametrize("case", variants_are_slow(CASES))
 
 SHAPES = {"dense": {"kernel": (5, 4)}, "norm": {"scale": (4,)}}
 MATRIX_SHAPES = {"dense": {"kernel": (5, 4)}}
@@ -106,7 +107,7 @@ def test_traced_structural_argument_names_the_remedy(case: Case, argument: str) 
         tx.init(params)
 
 
-@each_case
+@each_factory
 def test_equal_micro_batches_equal_one_batch(case: Case) -> None:
     params, (grads,) = problem(case, 1)
     (plain,), _ = run(case.make(), params, [grads])
@@ -120,6 +121,19 @@ def test_equal_micro_batches_equal_one_batch(case: Case) -> None:
     # The mean of two equal numbers is exact; the rest is compilation.
     assert_trees_close(second, plain, rtol=case.rtol)
     assert optax.tree.get(state, "gradient_step") == 1
+
+
+@pytest.mark.parametrize("case", variants_are_slow(NAMED))
+def test_accumulated_micro_batches_equal_one_batch(case: Case) -> None:
+    params, grads = problem(case, 2)
+    mean = jax.tree.map(lambda *g: sum(g) / 2, *grads)
+    (plain,), _ = run(case.make(), params, [mean])
+    tx = ox.accumulate(case.make(), every_k=2)
+    (first, second), state = run(tx, params, grads, update=jax.jit(tx.update))
+    assert_trees_equal(first, jax.tree.map(jnp.zeros_like, plain))
+    # Half a sum is exact; the rest is compilation.
+    assert_trees_close(second, plain, rtol=case.rtol)
+    assert_trees_equal(state.grad_sum, jax.tree.map(jnp.zeros_like, params))
 
 
 @each_case
@@ -148,7 +162,7 @@ def test_masked_and_partitioned_trees(case: Case) -> None:
     assert_trees_equal(split, alone | {"other": others["other"], "frozen": zeros})
 
 
-@each_case
+@each_factory
 def test_nonfinite_steps_are_skipped(case: Case) -> None:
     params, (first, second) = problem(case)
     tx = optax.apply_if_finite(case.make(), max_consecutive_errors=5)
@@ -192,7 +206,7 @@ def test_state_can_be_searched_and_mapped(case: Case) -> None:
             assert_trees_equal(optax.tree.get(state, name), getattr(state, name))
 
 
-@each_case
+@each_factory
 def test_vmap_is_one_after_the_other(case: Case) -> None:
     params, grads = problem(case)
     pairs = jax.tree.map(lambda *leaves: jnp.stack(leaves), params, grads[0])

@@ -23,11 +23,12 @@ from tests.assertions import (
     assert_trees_close,
     assert_trees_equal,
 )
-from tests.cases import CASES, LINKS, NAMED, Case
+from tests.cases import CASES, LINKS, NAMED, Case, variants_are_slow
 from tests.trajectories import run
 
 DTYPES = ("float32", "bfloat16", "mixed")  # float16 among the mixed
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_factory = pytest.mark.parametrize("case", variants_are_slow(CASES))
 
 
 @contextmanager
@@ -324,7 +325,7 @@ def test_params_are_needed_where_the_table_says_so(case: Case) -> None:
 # Compilation
 
 
-@each_case
+@each_factory
 def test_compiles_once_and_agrees_with_op_by_op(case: Case) -> None:
     params, grads = params_and_gradients(case, 3)
     # A schedule is the learning rate that changes in every step.

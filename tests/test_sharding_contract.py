@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 from optaxplus import trees
 from tests import problems
 from tests.assertions import assert_trees_close, assert_trees_equal
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, variants_are_slow
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_factory = pytest.mark.parametrize("case", variants_are_slow(CASES))
 
 SHAPES = {
     "dense": {"kernel": (8, 4)},
@@ -130,7 +131,7 @@ def assert_placed(tree: Any, specs: Any, mesh: Mesh) -> None:
         )
 
 
-@each_case
+@each_factory
 def test_many_devices_agree_with_one(case: Case) -> None:
     tx = case.make()
     plain, plain_state = run(tx, tx.update, *problem(case))

@@ -4,6 +4,11 @@ A row is all that a new optimizer needs to be held to every contract of
 `test_contract` and its neighbours. `test_public_api` fails while a row is missing.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
 from tests.case import Case
 from tests.cases import adaptive, classical, layerwise, links, matrix, sign, wrapped
 from tests.cases.expectations import BFLOAT16_RTOL, NEWTON_SCHULZ_RTOL
@@ -15,6 +20,7 @@ __all__ = [
     "NAMED",
     "NEWTON_SCHULZ_RTOL",
     "Case",
+    "variants_are_slow",
 ]
 
 LINKS = links.CASES
@@ -27,3 +33,19 @@ NAMED = [
     *matrix.CASES,
 ]
 CASES = [*LINKS, *NAMED]
+
+
+def variants_are_slow(cases: Sequence[Case]) -> list[Any]:
+    """Parameters of a test that compiles whole updates, which takes a second a row.
+
+    The first row of every factory is run by default, the others with `-m slow`.
+    """
+    factories = [case.factory for case in cases]
+    return [
+        pytest.param(
+            case,
+            id=case.name,
+            marks=[pytest.mark.slow] if case.factory in factories[:index] else [],
+        )
+        for index, case in enumerate(cases)
+    ]
