@@ -199,6 +199,31 @@ METHODS = (
     ),
 )
 
+# Around an optimizer or a direction; the state beside that of what is inside.
+WRAPPERS = (
+    Method(
+        "lookahead",
+        ox.lookahead(ox.sgd(0.1)),
+        arxiv("1907.08610"),
+        "steadier training at large learning rates; slow weights to evaluate",
+        "memory counts",
+    ),
+    Method(
+        "cautious",
+        ox.cautious(optax.identity()),
+        arxiv("2411.16085"),
+        "any rule with momentum, at its own learning rate",
+        "rules whose direction is the gradient: nothing disagrees",
+    ),
+    Method(
+        "accumulate",
+        ox.accumulate(ox.sgd(0.1), every_k=2),
+        "-",
+        "batches that do not fit; expensive rules, which run once per batch",
+        "batches that fit",
+    ),
+)
+
 # Good as they are in optax and tested to work with what is here.
 FROM_OPTAX = (
     ("optax.contrib.prodigy", arxiv("2306.06101"), "a learning rate of its own"),

@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -18,32 +18,26 @@ import optaxplus as ox
 
 # A script's own folder, also where the tests load it by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from methods import FROM_OPTAX, METHODS
+from methods import FROM_OPTAX, METHODS, WRAPPERS, Method
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-WRAPPERS = ("accumulate", "cautious", "chain_in_float32", "lookahead")
 MATRIX = {"dense": {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}}
 
 
 def methods_table() -> str:
-    """One row per named optimizer, with the measured bytes of state."""
+    """One row per optimizer and wrapper, with the measured bytes of state."""
+    around = {method.name for method in WRAPPERS}
     lines = [
-        "| optimizer | paper | state, bytes per parameter | use it for | not for |",
-        "|---|---|---|---|---|",
-    ]
-    for method in METHODS:
-        report = ox.memory_report(method.make, MATRIX)
-        lines.append(
-            f"| `{method.name}` | {method.paper} | "
-            f"{report.state / report.num_params:.3g} | {method.when} | "
-            f"{method.unless} |"
-        )
-    lines += [
+        *_table("optimizer", METHODS),
         "",
-        "State of a 4096 x 4096 hidden weight matrix in float32. Around any of them: "
-        f"{_names(lambda name: name in WRAPPERS)}. The links behind them, for chains "
-        f"of your own: {_names(lambda name: name not in WRAPPERS)}.",
+        "State of a 4096 x 4096 hidden weight matrix in float32. Around any of them, "
+        "ours or optax's, with the state that they add:",
+        "",
+        *_table("wrapper", WRAPPERS),
+        "",
+        "The links behind them, for chains of your own: "
+        f"{_names(lambda name: name not in around)}.",
         "",
         "What optax has in good form stays there, and is tested to work inside and "
         "around what is here:",
@@ -53,6 +47,22 @@ def methods_table() -> str:
         *(f"| `{name}` | {paper} | {when} |" for name, paper, when in FROM_OPTAX),
     ]
     return "\n".join(lines)
+
+
+def _table(kind: str, methods: Sequence[Method]) -> list[str]:
+    """The lines of a table of methods."""
+    lines = [
+        f"| {kind} | paper | state, bytes per parameter | use it for | not for |",
+        "|---|---|---|---|---|",
+    ]
+    for method in methods:
+        report = ox.memory_report(method.make, MATRIX)
+        lines.append(
+            f"| `{method.name}` | {method.paper} | "
+            f"{report.state / report.num_params:.3g} | {method.when} | "
+            f"{method.unless} |"
+        )
+    return lines
 
 
 def _names(wanted: Callable[[str], bool]) -> str:
