@@ -1,4 +1,8 @@
-"""Every optimizer beside those of optax and PyTorch that do the same."""
+"""Every optimizer beside those of optax and PyTorch that do the same, or nearly so.
+
+`amsgrad`, `nadam` and `adan` of optax, and `Adagrad` and `Adafactor` of PyTorch, are
+other forms of the rule with the same arithmetic to do.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +99,7 @@ ROWS = (
     Row("stable_adamw", ox.stable_adamw(_RATE)),
     Row("adan", ox.adan(_RATE), optax.adan(_RATE)),
     Row("adopt", ox.adopt(_RATE), optax.contrib.adopt(_RATE)),
-    Row("ademamix", ox.ademamix(_RATE), optax.contrib.ademamix(_RATE)),
+    Row("ademamix", ox.ademamix(_RATE, alpha=5.0), optax.contrib.ademamix(_RATE)),
     Row("adam_mini", ox.adam_mini(_RATE)),
     Row("mars", ox.mars(_RATE)),
     Row("lookahead(adamw)", ox.lookahead(ox.adamw(_RATE))),

@@ -32,7 +32,8 @@ def methods_table() -> str:
         *_table("optimizer", METHODS),
         "",
         "State of a 4096 x 4096 hidden weight matrix in float32. Around any of them, "
-        "ours or optax's, with the state that they add:",
+        "ours or optax's (`cautious`: around their directions), with the state that "
+        "they add:",
         "",
         *_table("wrapper", WRAPPERS),
         "",

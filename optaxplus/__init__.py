@@ -7,8 +7,8 @@ text that signatures share (learning rates, axes, masks, dtypes) is in
 
 from optaxplus import numerics, partition
 from optaxplus.numerics.matrix_axes import MatrixAxes
+from optaxplus.optimizers.adam_variants import adan, ademamix, adopt, stable_adamw
 from optaxplus.optimizers.adaptive import adam, adamw, amsgrad, nadam, radam
-from optaxplus.optimizers.after_adam import adan, ademamix, adopt, stable_adamw
 from optaxplus.optimizers.averaged import ranger
 from optaxplus.optimizers.blockwise import adam_mini
 from optaxplus.optimizers.classical import adagrad, rmsprop, sgd

@@ -208,8 +208,8 @@ def resolve_mask(function: str, mask: Mask, tree: PyTree) -> PyTree:
     for path, entry in leaves_with_paths(mask):
         if not isinstance(entry, bool | np.bool_):
             raise TypeError(
-                f"{function}: mask={entry!r} at {path!r} is not allowed; it must be "
-                "True or False."
+                f"{function}: mask={entry!r}{f' at {path!r}' if path else ''} is not "
+                "allowed; it must be True or False."
             )
     try:
         return jax.tree.map(

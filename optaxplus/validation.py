@@ -45,6 +45,9 @@ def _check_number(
     allowed: str,
 ) -> None:
     if isinstance(value, jax.Array):
+        if value.ndim:
+            scalar = f"it must be {allowed}; an array must have shape ()"
+            _refuse(ValueError, function, argument, value, scalar)
         return
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
@@ -145,7 +148,7 @@ def check_transformation(function: str, argument: str, value: Any) -> None:
             function,
             argument,
             value,
-            "it must be an optax.GradientTransformation, such as optaxplus.adamw(1e-3)",
+            "it must be an optax.GradientTransformation, what a factory returns",
         )
 
 

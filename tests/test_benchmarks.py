@@ -17,7 +17,7 @@ from tests.trajectories import run
 ROOT = Path(__file__).resolve().parent.parent
 
 # Rules that optax has in another form, of the same cost: see the docstrings of ours.
-OTHER_FORMS = {"adan", "ademamix", "amsgrad", "nadam", "radam"}
+OTHER_FORMS = {"adan", "amsgrad", "nadam"}
 SHAPES = {"layer": {"kernel": (6, 4)}, "norm": {"scale": (4,)}}
 
 

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import optaxplus as ox
 from optaxplus import trees
 from tests import problems
 from tests.assertions import assert_trees_close, assert_trees_equal
@@ -194,6 +195,20 @@ def test_explicit_mesh_agrees_with_one_device(case: Case) -> None:
     with jax.set_mesh(mesh):
         sharded, _ = run(tx, jax.jit(tx.update), *problem(case, mesh))
     # As under an Auto mesh.
+    for ours, theirs in zip(sharded, plain, strict=True):
+        assert_trees_close(ours, theirs, rtol=case.rtol)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_accumulation_keeps_shardings(axis_type: AxisType) -> None:
+    (case,) = (case for case in CASES if case.name == "adamw")
+    tx = ox.accumulate(case.make(), every_k=2)
+    plain, _ = run(tx, tx.update, *problem(case))
+    mesh = make_mesh(axis_type)
+    with jax.set_mesh(mesh):
+        params, grads = problem(case, mesh)
+        sharded, state = run(tx, jax.jit(tx.update), params, grads)
+    assert_placed(state, expected_specs(case, tx, state), mesh)
     for ours, theirs in zip(sharded, plain, strict=True):
         assert_trees_close(ours, theirs, rtol=case.rtol)
 

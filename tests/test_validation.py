@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+import optaxplus as ox
 from optaxplus import validation
 
 NAN, INF = math.nan, math.inf
@@ -230,8 +231,13 @@ def test_transformations(value):
 )
 def test_other_than_transformations_are_refused(value):
     message = (
-        r"f: inner=.* is not allowed; it must be an optax.GradientTransformation, such "
-        r"as optaxplus.adamw\(1e-3\)"
+        r"f: inner=.* is not allowed; it must be an optax.GradientTransformation, what "
+        r"a factory returns"
     )
     with pytest.raises(TypeError, match=message):
         validation.check_transformation("f", "inner", value)
+
+
+def test_an_array_of_numbers_is_no_number():
+    with pytest.raises(ValueError, match=r"adamw: learning_rate=.*shape \(\)"):
+        ox.adamw(jnp.ones(3))

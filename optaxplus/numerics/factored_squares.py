@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxplus.numerics.hyperparameters import Scalar
-from optaxplus.numerics.matrix_axes import MatrixAxes, split_columns
+from optaxplus.numerics.matrix_axes import MatrixAxes, block_shape, split_columns
 from optaxplus.numerics.moving_averages import mix
 from optaxplus.numerics.norms import abs_square, scaled_square
 
@@ -21,6 +21,7 @@ __all__ = [
     "factor_squares",
     "init_factors",
     "inverse_root_factors",
+    "is_factored",
     "mean_square_of_scaled",
     "spread_rows",
 ]
@@ -31,6 +32,11 @@ Splits = tuple[int, ...]
 def collapsed(zeros: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
     """Zeros with `axes` (None: all) of size 1, in the sharding that remains."""
     return jnp.sum(zeros, axis=axes, keepdims=True, dtype=zeros.dtype)
+
+
+def is_factored(axes: MatrixAxes, shape: tuple[int, ...], min_size: int) -> bool:
+    """Whether a parameter is of matrices with no side, or split, below `min_size`."""
+    return axes.is_matrix and min(block_shape(axes, shape)) >= min_size
 
 
 def init_factors(zeros: jax.Array, axes: MatrixAxes) -> tuple[jax.Array, jax.Array]:

@@ -10,10 +10,12 @@ from optaxplus.numerics.matrix_axes import MatrixAxes, reduce_blocks
 
 __all__ = [
     "abs_square",
+    "agreement",
     "block_mean",
     "block_norm",
     "block_rms",
     "mean_square",
+    "mix_square",
     "scaled_square",
 ]
 
@@ -34,6 +36,19 @@ def scaled_square(scale: Scalar, x: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return scaled.real * x.real + scaled.imag * x.imag
     return scaled * x
+
+
+def mix_square(decay: Scalar, average: jax.Array, x: jax.Array) -> jax.Array:
+    """decay·average + (1 - decay)·|x|², elementwise; see `scaled_square`."""
+    return decay * average + scaled_square(1 - decay, x)
+
+
+def agreement(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Whether x and y point the same way (> 0), elementwise and real.
+
+    Of signs, because the product of two small numbers is 0.
+    """
+    return (jnp.sign(x) * jnp.conj(jnp.sign(y))).real
 
 
 def block_norm(x: jax.Array, axes: MatrixAxes) -> jax.Array:

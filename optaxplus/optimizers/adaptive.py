@@ -132,8 +132,9 @@ def adamw(
 
     References:
       Loshchilov and Hutter, arXiv 1711.05101, in the form of PyTorch and optax, where
-      the decay is multiplied by the learning rate; as the paper writes it with
-      `decay="independent"`.
+      the decay is multiplied by the learning rate. The paper's decay follows the
+      schedule but not the size of the learning rate: `decay="independent"` and a
+      schedule for `weight_decay`.
     """
     validation.check_learning_rate("adamw", learning_rate)
     validation.check_weight_decay("adamw", weight_decay)
@@ -300,9 +301,10 @@ def radam(
     decay. State: 8 bytes per parameter.
 
     Args:
-      learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
+      learning_rate: See `optaxplus.custom_types`. 1e-3 to 1e-2 is usual.
       b1: Decay rate of the first moment, in [0, 1).
-      b2: Decay rate of the second moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1); with 2/3 or less nothing is ever
+        rectified.
       eps: Added to the denominator before its bias correction. > 0.
       threshold: Length of the average of squares above which it is trusted, see
         `optaxplus.scale_by_radam`. > 0.

@@ -37,7 +37,8 @@ def ranger(
     State: 12 bytes per parameter.
 
     Args:
-      learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
+      learning_rate: See `optaxplus.custom_types`. 1e-3 to 1e-2 is usual: Lookahead
+        halves the way, and the first steps are short where gradients are.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator before its bias correction. > 0.

@@ -65,7 +65,8 @@ def adam_mini(
 
     A query or key projection stored as (features, heads·head_dim) does not show its
     heads and counts by output neurons; for heads give it a rule whose axes have
-    `splits=(head_dim,) * heads`.
+    `splits=(head_dim,) * heads`. What became of every parameter:
+    `jax.tree.map(jnp.shape, optax.tree.get(tx.init(params), "nu"))`.
 
     Args:
       learning_rate: See `optaxplus.custom_types`. AdamW's.
@@ -110,8 +111,12 @@ def adam_mini(
         trainable = jax.tree.map(lambda role: role != "frozen", roles)
 
         def decayed(params: PyTree) -> PyTree:
-            chosen = trees.resolve_mask(name, mask, params)
-            return jax.tree.map(operator.and_, chosen, trainable)
+            # The roles as a prefix: a mask may have the boxes of Flax's parameters.
+            return jax.tree.map(
+                lambda trains, chosen: jax.tree.map(lambda c: c and trains, chosen),
+                trainable,
+                trees.resolve_mask(name, mask, params),
+            )
 
         frozen = jax.tree.map(operator.not_, trainable)
         return optax.chain(

@@ -70,12 +70,11 @@ def sgd(
     heavy_ball = scale_by_momentum(
         momentum, nesterov=nesterov, dampening=dampening, mu_dtype=mu_dtype
     )
-    decays = not is_zero(weight_decay)
     return chain_in_float32(
-        optax.add_decayed_weights(weight_decay) if decays else optax.identity(),
+        _coupled_decay(weight_decay),
         optax.identity() if is_zero(momentum) else heavy_ball,
         descend(learning_rate),
-        requires_params="sgd" if decays else None,
+        requires_params=None if is_zero(weight_decay) else "sgd",
     )
 
 
@@ -125,9 +124,8 @@ def adagrad(
     """
     validation.check_learning_rate("adagrad", learning_rate)
     validation.check_non_negative("adagrad", weight_decay=weight_decay)
-    decays = not is_zero(weight_decay)
     return chain_in_float32(
-        optax.add_decayed_weights(weight_decay) if decays else optax.identity(),
+        _coupled_decay(weight_decay),
         scale_by_adagrad(
             initial_accumulator=initial_accumulator,
             eps=eps,
@@ -135,7 +133,7 @@ def adagrad(
             nu_dtype=nu_dtype,
         ),
         descend(learning_rate),
-        requires_params="adagrad" if decays else None,
+        requires_params=None if is_zero(weight_decay) else "adagrad",
     )
 
 
@@ -194,9 +192,8 @@ def rmsprop(
     validation.check_non_negative("rmsprop", weight_decay=weight_decay)
     # Made in any case, so that its arguments are checked.
     heavy_ball = scale_by_momentum(momentum, mu_dtype=mu_dtype)
-    decays = not is_zero(weight_decay)
     return chain_in_float32(
-        optax.add_decayed_weights(weight_decay) if decays else optax.identity(),
+        _coupled_decay(weight_decay),
         scale_by_rmsprop(
             b2,
             eps=eps,
@@ -207,5 +204,12 @@ def rmsprop(
         ),
         optax.identity() if is_zero(momentum) else heavy_ball,
         descend(learning_rate),
-        requires_params="rmsprop" if decays else None,
+        requires_params=None if is_zero(weight_decay) else "rmsprop",
     )
+
+
+def _coupled_decay(weight_decay: Scalar) -> optax.GradientTransformation:
+    """Decay that is part of the gradient; nothing where it is known to be 0."""
+    if is_zero(weight_decay):
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay)

@@ -105,7 +105,7 @@ def _relative(
     weight_decay: ScalarOrSchedule, learning_rate: ScalarOrSchedule, decay: str
 ) -> ScalarOrSchedule:
     """The decay of a step that has its learning rate already."""
-    if decay == "independent":
+    if is_zero(weight_decay) or decay == "independent":
         return weight_decay
     if not callable(weight_decay) and not callable(learning_rate):
         return weight_decay * learning_rate
@@ -135,6 +135,10 @@ def came(
 ) -> optax.GradientTransformationExtraArgs:
     """CAME: Adafactor with momentum, which trusts updates that agree with it.
 
+    Neither second moments nor confidence are corrected for their start from zero, so
+    the first steps of a matrix are about 10 times `learning_rate` long and reach its
+    length after a thousand or so: use a warm-up. Rounded to bfloat16, b2 and b3 are 1
+    and steps much too long, so `optax.inject_hyperparams` needs hyperparam_dtype.
     State: 4 bytes per parameter, and two rows and two columns a matrix.
 
     Args:

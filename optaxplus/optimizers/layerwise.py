@@ -2,7 +2,7 @@
 
 import optax
 
-from optaxplus import validation
+from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, Mask, Scalar, ScalarOrSchedule
 from optaxplus.transforms.adaptive.adam import scale_by_adam
 from optaxplus.transforms.chaining import chain_in_float32
@@ -44,7 +44,9 @@ def lars(
     its option to clip the ratio is left out.
 
     Args:
-      learning_rate: See `optaxplus.custom_types`. Up to 34 in the ResNet-50 recipes.
+      learning_rate: See `optaxplus.custom_types`. 1 to 10 with a warm-up is usual, up
+        to 34 in the ResNet-50 recipes for batches of 32768. Parameters that are zero,
+        as biases are at the start, or masked take it undiminished.
       momentum: Heavy-ball coefficient, in [0, 1).
       nesterov: Whether to use Nesterov's step. Static.
       weight_decay: λ. >= 0.
@@ -114,7 +116,7 @@ def lamb(
         1e-2 is usual.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
-      eps: Added to the denominator outside the square root. >= 0.
+      eps: Added to the denominator outside the square root. >= 0, not both 0.
       eps_root: Added inside the square root. >= 0.
       debias: Whether the moments are corrected for their start from zero. Static.
       clip_norm: Largest norm of the whole gradient, > 0, or None. Static if None.
@@ -143,6 +145,8 @@ def lamb(
     """
     validation.check_learning_rate("lamb", learning_rate)
     validation.check_non_negative("lamb", weight_decay=weight_decay)
+    if clip_norm is not None:
+        validation.check_positive("lamb", clip_norm=clip_norm)
     clip = optax.identity() if clip_norm is None else clip_by_global_norm(clip_norm)
     return chain_in_float32(
         clip,
@@ -155,7 +159,9 @@ def lamb(
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(
+            weight_decay, lambda params: trees.resolve_mask("lamb", mask, params)
+        ),
         trust_ratio(
             min_param_norm=min_param_norm,
             max_param_norm=max_param_norm,

@@ -7,7 +7,7 @@ import optax
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar, ScalarOrSchedule
-from optaxplus.partition.inference import label_of_role
+from optaxplus.partition.inference import check_rules, label_of_role
 from optaxplus.partition.routing import route
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
 from optaxplus.transforms.adaptive.adam import scale_by_adam
@@ -143,7 +143,7 @@ def muon(
     validation.check_non_negative(
         name, weight_decay=weight_decay, adamw_weight_decay=adamw_weight_decay
     )
-    others = _transformations_of(fallback)
+    others = _transformations_of(fallback, check_rules(name, rules))
     if "adamw" not in others:
         others["adamw"] = optax.chain(
             scale_by_adam(adamw_b1, adamw_b2, eps=adamw_eps, mu_dtype=mu_dtype),
@@ -188,6 +188,7 @@ def _transformations_of(
     fallback: optax.GradientTransformation
     | Mapping[str, optax.GradientTransformation]
     | None,
+    rules: Sequence[Rule],
 ) -> dict[str, optax.GradientTransformation]:
     if fallback is None:
         return {}
@@ -208,6 +209,12 @@ def _transformations_of(
                 f"muon: fallback[{label!r}] is not allowed; that group is muon's own. "
                 "To give parameters another rule, give them another role."
             )
+    known = {"adamw", *(label_of_role(rule.role) for rule in rules)}
+    for label in transformations.keys() - known:
+        raise ValueError(
+            f"muon: fallback[{label!r}] is not allowed; it must be 'adamw' or a role "
+            "of your own in `rules`."
+        )
     return transformations
 
 

@@ -54,7 +54,8 @@ def mars(
     vectors.
 
     Args:
-      learning_rate: See `optaxplus.custom_types`. 3e-3 is usual for "adamw".
+      learning_rate: See `optaxplus.custom_types`. 3e-3 is usual for "adamw",
+        1e-4 for "lion", 2e-2 for "shampoo".
       variant: The rule after the correction: "adamw"; "lion", the sign of its moving
         average; or "shampoo", that average orthogonalized by five Newton-Schulz steps
         as in Muon. Static.
@@ -62,23 +63,26 @@ def mars(
       b2: Decay rate of the second moment, in [0, 1). Of "adamw" alone.
       eps: Added to the denominators of "adamw" and of vectors. > 0.
       gamma: Strength of the correction, see `optaxplus.mars_correction`. >= 0.
-      max_norm: Largest norm of a matrix's corrected gradient. > 0, or None.
+      max_norm: Largest norm of a matrix's corrected gradient. > 0, or None. Static if
+        None.
       weight_decay: Decay of matrices per step, >= 0, or a schedule of it; relative to
-        the learning rate unless `decay` is "independent".
+        the learning rate unless `decay` is "independent". Static if 0.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
       correct_vectors: Whether vectors are treated as matrices are (`optimize_1d` of
         the authors). Not with "shampoo". Static.
       adamw_learning_rate: Learning rate of vectors; None is `learning_rate`.
       adamw_b1: Decay rate of the first moment of vectors, in [0, 1).
       adamw_b2: Decay rate of the second moment of vectors, in [0, 1).
-      adamw_weight_decay: Decay of vectors.
+      adamw_weight_decay: Decay of vectors; the authors' default decays them and not the
+        matrices, 0 is the usual choice elsewhere. Static if 0.
       rules: Which parameters are matrices, see `optaxplus.infer_matrix_axes`; those of
         the role "frozen" do not change. Static.
       compute_dtype: Dtype of the matrix products of "shampoo", see
         `optaxplus.orthogonalize_via_newton_schulz`. Static.
       mu_dtype: Dtype of the first moment and the last gradient, see
         `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the second moment. Static.
+      nu_dtype: Dtype of the second moment, which "lion" and "shampoo" have in vectors
+        alone. Static.
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params

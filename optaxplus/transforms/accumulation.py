@@ -48,8 +48,8 @@ def accumulate(
         Static.
 
     Returns:
-      A transformation with state `AccumulateState`; emits the dtype of `inner` for
-      float32 gradients. Extra arguments of the k-th call reach `inner`.
+      A transformation with state `AccumulateState`; emits float32. Extra arguments of
+      the k-th call reach `inner`.
 
     Raises:
       TypeError: If `inner` is no transformation or an argument has a wrong type.
@@ -93,12 +93,11 @@ def accumulate(
             )
             # Many of optax's moments take the dtype of the gradients that they meet.
             inner_state = trees.cast_like(inner_state, state.inner_state)
-            return new, jax.tree.map(jnp.zeros_like, state.grad_sum), inner_state
+            zeros = jax.tree.map(jnp.zeros_like, state.grad_sum)
+            return trees.cast_like(new, mean), zeros, inner_state
 
         def wait() -> tuple[PyTree, PyTree, Any]:
-            zeros = jax.tree.map(
-                lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(step)[0]
-            )
+            zeros = jax.tree.map(lambda g: jnp.zeros_like(trees.widen(g)), updates)
             total = jax.tree.map(
                 lambda g, total: sum_of(g, total).astype(total.dtype),
                 updates,

@@ -50,12 +50,13 @@ def lookahead(
     """Pulls the parameters back to a slow average of themselves every k steps.
 
     Works on plain parameters: the training loop sees the fast ones, which equal the
-    slow ones after every k-th step. In between, evaluate with the slow ones,
-    `optax.tree.get(state, "slow")`. Stands outermost. State: 4 bytes per parameter
-    beside that of `inner`.
+    slow ones, up to rounding, after every k-th step. In between, evaluate with the
+    slow ones, `optax.tree.get(state, "slow")`. Stands outermost. State: 4 bytes per
+    parameter beside that of `inner`.
 
     Args:
-      inner: A whole optimizer, learning rate included.
+      inner: A whole optimizer, learning rate included. `init` needs values, of which
+        the slow parameters are copies; for types alone use `jax.eval_shape`.
       every_k: Steps between synchronisations. >= 1. Static.
       alpha: How far the slow parameters follow, in (0, 1]; 1 is `inner` itself.
 

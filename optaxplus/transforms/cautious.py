@@ -21,7 +21,7 @@ import optax
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, PyTree, Scalar
 from optaxplus.numerics.matrix_axes import MatrixAxes
-from optaxplus.numerics.norms import block_mean
+from optaxplus.numerics.norms import agreement, block_mean
 from optaxplus.partition.inference import axes_of
 
 __all__ = ["CautiousState", "cautious"]
@@ -37,8 +37,7 @@ def _cautious_leaf(
     u: jax.Array, g: jax.Array, axes: MatrixAxes, *, min_fraction: Scalar
 ) -> jax.Array:
     wide = trees.widen(u)
-    # Signs, because the product of two small numbers is 0.
-    agrees = (jnp.sign(wide) * jnp.conj(jnp.sign(trees.widen(g)))).real > 0
+    agrees = agreement(wide, trees.widen(g)) > 0
     fraction = block_mean(agrees.astype(wide.real.dtype), axes)
     # Chosen and not multiplied, so that a step that is not taken may be NaN.
     return jnp.where(
@@ -59,9 +58,9 @@ def cautious(
     No state of its own.
 
     Args:
-      inner: The transformation whose updates are filtered. It has to keep the sign of
-        the gradient, as every `scale_by_*` does; around a whole optimizer, which steps
-        against it, everything would be dropped.
+      inner: The transformation whose updates are filtered, one that keeps the sign of
+        the gradient, as every `scale_by_*` does. Never a whole optimizer: that steps
+        against the gradient, so that what is kept would be what goes uphill.
       min_fraction: Lower bound φ_min of the divisor, in (0, 1]: what is left grows at
         most 1 / min_fraction times.
       axes: Matrix axes, see `optaxplus.custom_types`: the fraction is that of a matrix

@@ -2,6 +2,9 @@
 
     g <- g - mean of g over fan_in                       each column of a matrix
 
+and of an embedding (tokens, features) each row, as the authors' code does: the mean
+over tokens would move those that never occur.
+
 Source: Yong et al., Gradient centralization, arXiv 2004.01461, equation 1. Differs from
 `optax.centralize`, which keeps axis 0 whatever it means and treats stacks as one.
 """
@@ -15,7 +18,8 @@ import optax
 from optaxplus import trees
 from optaxplus.custom_types import Axes, PyTree
 from optaxplus.numerics.matrix_axes import MatrixAxes
-from optaxplus.partition.inference import axes_of
+from optaxplus.partition.inference import axes_of, decide
+from optaxplus.partition.rules import DEFAULT_RULES
 
 __all__ = ["centralize"]
 
@@ -29,6 +33,19 @@ def _centralize_leaf(g: jax.Array, axes: MatrixAxes) -> jax.Array:
     return wide - wide.mean(axis=axes.fan_in, keepdims=True)
 
 
+def _inferred(params: PyTree) -> PyTree:
+    """Matrix axes by names and shapes; an embedding is averaged over its features."""
+
+    def leaf(leaf_axes: MatrixAxes, role: str) -> MatrixAxes:
+        if role == "embedding" and leaf_axes.is_matrix:
+            return MatrixAxes(leaf_axes.fan_out, leaf_axes.fan_in)
+        return leaf_axes
+
+    remedy = "axes=optaxplus.infer_matrix_axes(params, (rule, *DEFAULT_RULES))"
+    decisions = decide("centralize", params, DEFAULT_RULES, remedy)
+    return trees.unflatten_like(params, [leaf(d.axes, d.role) for d in decisions])
+
+
 def centralize(*, axes: Axes = None) -> optax.GradientTransformation:
     """Subtracts from the gradient of every weight matrix its mean over the inputs.
 
@@ -36,7 +53,8 @@ def centralize(*, axes: Axes = None) -> optax.GradientTransformation:
     matrices with a single input pass unchanged. No state.
 
     Args:
-      axes: Matrix axes, see `optaxplus.custom_types`.
+      axes: Matrix axes, see `optaxplus.custom_types`: the mean is that over fan_in.
+        None also turns embeddings round.
 
     Returns:
       A transformation with an empty state; emits float32.
@@ -46,6 +64,7 @@ def centralize(*, axes: Axes = None) -> optax.GradientTransformation:
       ValueError: If axes do not fit.
     """
     name = "centralize"
+    axes = _inferred if axes is None else axes
 
     def init_fn(params: PyTree) -> optax.EmptyState:
         trees.check_floating(name, params)

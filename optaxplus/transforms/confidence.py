@@ -28,12 +28,12 @@ from optaxplus.numerics.factored_squares import (
     factor_squares,
     init_factors,
     inverse_root_factors,
+    is_factored,
     spread_rows,
 )
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.matrix_axes import (
     MatrixAxes,
-    block_shape,
     from_matrices,
     to_matrices,
 )
@@ -126,17 +126,13 @@ def scale_by_confidence(
     validation.check_floating_dtype(name, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     b1, b3, eps = as_decay_rate(b1), as_decay_rate(b3), as_epsilon(eps)
 
-    def is_factored(leaf_axes: MatrixAxes, shape: tuple[int, ...]) -> bool:
-        sides = block_shape(leaf_axes, shape)
-        return leaf_axes.is_matrix and min(sides) >= min_dim_size_to_factor
-
     def init_fn(params: PyTree) -> ScaleByConfidenceState:
         trees.check_floating(name, params, real=True)
 
         def init_leaf(
             zeros: jax.Array, leaf_axes: MatrixAxes
         ) -> tuple[jax.Array, jax.Array]:
-            if is_factored(leaf_axes, zeros.shape):
+            if is_factored(leaf_axes, zeros.shape, min_dim_size_to_factor):
                 return init_factors(zeros, leaf_axes)
             return collapsed(zeros), collapsed(zeros)
 
@@ -161,7 +157,7 @@ def scale_by_confidence(
             columns: jax.Array,
             leaf_axes: MatrixAxes,
         ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-            if is_factored(leaf_axes, u.shape):
+            if is_factored(leaf_axes, u.shape, min_dim_size_to_factor):
                 return _confidence_leaf(
                     u, mu, rows, columns, leaf_axes, b1=b1, b3=b3, eps=eps
                 )

@@ -34,13 +34,13 @@ from optaxplus.numerics.factored_squares import (
     factor_squares,
     init_factors,
     inverse_root_factors,
+    is_factored,
     mean_square_of_scaled,
     spread_rows,
 )
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.matrix_axes import (
     MatrixAxes,
-    block_shape,
     from_matrices,
     to_matrices,
 )
@@ -171,10 +171,6 @@ def factored_rms(
         b2 = as_decay_rate(b2)
     eps = as_epsilon(eps)
 
-    def is_factored(leaf_axes: MatrixAxes, shape: tuple[int, ...]) -> bool:
-        sides = block_shape(leaf_axes, shape)
-        return leaf_axes.is_matrix and min(sides) >= min_dim_size_to_factor
-
     def init_fn(params: PyTree) -> FactoredRmsState:
         trees.check_floating(name, params, real=True)
         nu = trees.init_moment(name, params, nu_dtype)
@@ -182,7 +178,7 @@ def factored_rms(
         def init_leaf(
             zeros: jax.Array, leaf_axes: MatrixAxes
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            if is_factored(leaf_axes, zeros.shape):
+            if is_factored(leaf_axes, zeros.shape, min_dim_size_to_factor):
                 return *init_factors(zeros, leaf_axes), collapsed(zeros)
             # Two arrays, not one twice: a donated buffer can be given only once.
             return collapsed(zeros), collapsed(zeros), zeros
@@ -211,7 +207,7 @@ def factored_rms(
                 "eps": eps,
                 "clip_threshold": clip_threshold,
             }
-            if is_factored(leaf_axes, g.shape):
+            if is_factored(leaf_axes, g.shape, min_dim_size_to_factor):
                 return *_factored_leaf(g, nu_row, nu_col, leaf_axes, **arguments), nu
             u, nu = _full_leaf(g, nu, leaf_axes, **arguments)
             return u, nu_row, nu_col, nu

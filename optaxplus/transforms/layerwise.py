@@ -119,6 +119,12 @@ def trust_ratio(
     )
     if max_param_norm is not None:
         validation.check_positive(name, max_param_norm=max_param_norm)
+        bounds = min_param_norm, max_param_norm
+        if not any(isinstance(b, jax.Array) for b in bounds) and bounds[0] > bounds[1]:
+            raise ValueError(
+                f"{name}: min_param_norm={min_param_norm!r} is not allowed; it must be "
+                f"at most max_param_norm={max_param_norm!r}."
+            )
     validation.check_choice(name, "form", form, _FORMS)
 
     def init_fn(params: PyTree) -> optax.EmptyState:

@@ -10,8 +10,9 @@ For a direction u, parameters p, learning rate η and decay λ the update is
 Letters to arguments: η is `learning_rate`, λ is `weight_decay`.
 
 Sources: Loshchilov and Hutter, Decoupled weight decay regularization, arXiv 1711.05101,
-in the form of PyTorch and optax ("decoupled") and as written there ("independent", with
-λ on the schedule of η where there is one); Chen et al., Cautious weight decay, arXiv
+in the form of PyTorch and optax ("decoupled"); the paper's own is "independent" with a
+λ that follows the schedule of η but not its size, so give `weight_decay` a schedule;
+Chen et al., Cautious weight decay, arXiv
 2510.12402; Zhuang et al., Understanding AdamW through proximal methods, arXiv
 2202.00089, and Adan, arXiv 2208.06677 ("proximal").
 """
@@ -26,7 +27,8 @@ import optax
 from optaxplus import trees, validation
 from optaxplus.custom_types import Mask, PyTree, Scalar, ScalarOrSchedule
 from optaxplus.numerics.hyperparameters import is_zero
-from optaxplus.partition.inference import infer_roles
+from optaxplus.numerics.norms import agreement
+from optaxplus.partition.inference import decide
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
 
 __all__ = ["DescendState", "decay_mask", "descend"]
@@ -47,9 +49,7 @@ def _independent(u: jax.Array, p: jax.Array, lr: Scalar, decay: Scalar) -> jax.A
 
 
 def _cautious(u: jax.Array, p: jax.Array, lr: Scalar, decay: Scalar) -> jax.Array:
-    # Signs, because the product of two small numbers is 0.
-    agrees = (jnp.sign(u) * jnp.conj(jnp.sign(p))).real >= 0
-    return -lr * (u + jnp.where(agrees, decay * p, jnp.zeros_like(p)))
+    return -lr * (u + jnp.where(agreement(u, p) >= 0, decay * p, jnp.zeros_like(p)))
 
 
 def _proximal(u: jax.Array, p: jax.Array, lr: Scalar, decay: Scalar) -> jax.Array:
@@ -77,7 +77,8 @@ def descend(
       learning_rate: See `optaxplus.custom_types`.
       weight_decay: Coefficient of the parameters, >= 0, or a schedule of it. Relative
         to the learning rate unless the form is "independent": there it is the part of
-        the parameter that every step removes, 1e-5 to 1e-4 as a rule. Other than 0 it
+        the parameter that every step removes, 1e-5 to 1e-4 as a rule, whatever the
+        learning rate does. Other than 0 it
         makes `update` need params. Static if 0.
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all,
         `decay_mask` all but vectors.
@@ -110,8 +111,7 @@ def descend(
 
     def init_fn(params: PyTree) -> Any:
         trees.check_floating(name, params)
-        if decays:
-            trees.resolve_mask(name, mask, params)
+        trees.resolve_mask(name, mask, params)
         return DescendState(jnp.zeros([], jnp.int32)) if is_scheduled else _EMPTY
 
     def update_fn(
@@ -159,11 +159,24 @@ def decay_mask(params: PyTree, rules: Sequence[Rule] = DEFAULT_RULES) -> PyTree:
       "vector". As a callable it is a mask itself: `mask=decay_mask`.
 
     Raises:
+      TypeError: If it is called with a step count instead of parameters.
       ValueError: As in `optaxplus.infer_matrix_axes`.
 
     Example:
-      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> import functools, jax.numpy as jnp, optaxplus as ox
       >>> ox.decay_mask({"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}})
       {'dense': {'bias': False, 'kernel': True}}
+      >>> rule = ox.Rule("shift$", ox.MatrixAxes((), (-1,)), "vector", required=False)
+      >>> mask = functools.partial(ox.decay_mask, rules=(rule, *ox.DEFAULT_RULES))
     """
-    return jax.tree.map(lambda role: role != "vector", infer_roles(params, rules))
+    if isinstance(params, jax.Array | int):
+        if jnp.issubdtype(jnp.result_type(params), jnp.integer):
+            raise TypeError(
+                "decay_mask: it was called with a step count, as a schedule is. Under "
+                "optax.inject_hyperparams pass static_args=('mask',)."
+            )
+    remedy = (
+        "mask=functools.partial(optaxplus.decay_mask, rules=(rule, *DEFAULT_RULES))"
+    )
+    decisions = decide("decay_mask", params, rules, remedy)
+    return trees.unflatten_like(params, [d.role != "vector" for d in decisions])

@@ -175,3 +175,12 @@ def test_axes_that_do_not_fit_are_refused(make):
     message = r"trust_ratio: parameter 'b': .* axis -2 is out of range"
     with pytest.raises(ValueError, match=message):
         make(0.1, axes=STACK).init(PARAMS)
+
+
+def test_masks_of_lamb_are_checked():
+    params = {"w": jnp.ones((2, 3))}
+    for name in ("mask", "trust_mask"):
+        with pytest.raises(TypeError, match="mask='yes' at 'w' is not allowed"):
+            ox.lamb(0.1, weight_decay=0.1, **{name: {"w": "yes"}}).init(params)
+    with pytest.raises(ValueError, match="lamb: clip_norm=0 is not allowed"):
+        ox.lamb(0.1, clip_norm=0)

@@ -381,3 +381,8 @@ def test_updates_of_none_and_masked_leaves():
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     alone, _ = tx.update(params["w"], tx.init(params["w"]), params["w"])
     assert_trees_equal(updates["w"], alone)
+
+
+def test_a_fallback_that_nothing_can_reach_is_refused():
+    with pytest.raises(ValueError, match=r"muon: fallback\['adam'\] is not allowed"):
+        ox.muon(0.1, fallback={"adam": optax.sgd(0.1)})

@@ -142,3 +142,23 @@ def test_wrong_parameters_and_axes_are_refused():
         ox.centralize(axes=STACKED_MATRIX).init({"b": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"(?s)centralize: no rule .*'kernel'"):
         ox.centralize().init({"kernel": jnp.ones((2, 3, 4))})
+
+
+def test_rows_of_absent_tokens_stay():
+    # The mean of an embedding is that of a token's features: over the tokens it would
+    # move all of them.
+    params = {"embedding": jnp.ones((6, 4)), "dense": {"kernel": jnp.ones((6, 4))}}
+    grads = jax.tree.map(lambda p: jnp.zeros_like(p).at[0, :2].set(1.0), params)
+    tx = ox.centralize()
+    updates, _ = tx.update(grads, tx.init(params))
+    np.testing.assert_array_equal(updates["embedding"][0], [0.5, 0.5, -0.5, -0.5])
+    np.testing.assert_array_equal(updates["embedding"][1:], 0.0)
+    assert np.all(updates["dense"]["kernel"][1:, :2] < 0)
+
+
+def test_axes_that_are_given_are_taken_as_they_are():
+    params = {"embedding": jnp.ones((6, 4))}
+    grads = {"embedding": jnp.zeros((6, 4)).at[0].set(6.0)}
+    tx = ox.centralize(axes=ox.MatrixAxes((0,), (1,)))
+    updates, _ = tx.update(grads, tx.init(params))
+    np.testing.assert_array_equal(updates["embedding"][:2], [[5.0] * 4, [-1.0] * 4])

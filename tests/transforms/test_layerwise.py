@@ -280,3 +280,16 @@ def test_wrong_arguments_are_refused(error, call, message: str):
 def test_things_that_are_no_axes_are_refused(axes):
     with pytest.raises((TypeError, ValueError), match="trust_ratio: axes"):
         ox.trust_ratio(axes=axes).init(PARAMS)
+
+
+def test_bounds_in_the_wrong_order_are_refused():
+    message = "trust_ratio: min_param_norm=2.0 is not .* at most max_param_norm=1.0"
+    with pytest.raises(ValueError, match=message):
+        ox.trust_ratio(min_param_norm=2.0, max_param_norm=1.0)
+
+
+def test_what_is_masked_passes_unchanged():
+    tx = ox.trust_ratio(weight_decay=0.1, mask={"w": True, "b": False, "s": False})
+    updates = apply(tx, UPDATES, PARAMS)
+    everything = apply(ox.trust_ratio(weight_decay=0.1), UPDATES, PARAMS)
+    assert_trees_equal(updates, UPDATES | {"w": everything["w"]})

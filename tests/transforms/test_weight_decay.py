@@ -185,11 +185,6 @@ def test_a_prefix_is_enough():
     assert_trees_equal(result["y"], [apply(ox.descend(0.1), UPDATES)])
 
 
-def test_masks_of_nothing_need_not_fit():
-    # Without decay a mask is not read.
-    apply(ox.descend(0.1, mask={"other": 1}), UPDATES)
-
-
 def test_decay_mask():
     params = {
         "embed": {"embedding": jnp.ones((5, 4))},
@@ -286,7 +281,7 @@ def test_wrong_arguments_are_refused(error, arguments, message: str):
     ("error", "mask", "message"),
     [
         (TypeError, {"w": 1, "b": True}, "descend: mask=1 at 'w' is not allowed"),
-        (TypeError, lambda params: "all", "descend: mask='all' at '' is not allowed"),
+        (TypeError, lambda params: "all", "descend: mask='all' is not allowed"),
         (ValueError, {"w": True}, "descend: mask is not a prefix"),
     ],
 )
@@ -299,3 +294,21 @@ def test_wrong_parameters_are_refused():
     message = "descend: parameter 'n' of dtype int32 is not allowed"
     with pytest.raises(TypeError, match=message):
         ox.descend(0.1).init({"n": jnp.ones(2, jnp.int32)})
+
+
+def test_a_mask_taken_for_a_schedule_says_so():
+    # optax.inject_hyperparams calls a function among the arguments with the step.
+    params = {"w": jnp.ones((2, 3))}
+    tx = optax.inject_hyperparams(ox.adamw)(learning_rate=0.1, mask=ox.decay_mask)
+    with pytest.raises(TypeError, match=r"decay_mask: .*static_args=\('mask',\)"):
+        tx.init(params)
+
+
+def test_undecided_parameters_of_a_mask_name_the_remedy():
+    with pytest.raises(ValueError, match=r"functools\.partial\(optaxplus\.decay_mask"):
+        ox.adamw(0.1, mask=ox.decay_mask).init({"w": jnp.ones((2, 3, 4))})
+
+
+def test_a_mask_is_checked_although_nothing_decays():
+    with pytest.raises(TypeError, match="mask=3 at 'w' is not allowed"):
+        ox.descend(0.1, mask={"w": 3}).init({"w": jnp.ones(2)})

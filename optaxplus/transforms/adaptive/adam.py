@@ -26,7 +26,7 @@ from optaxplus import trees, validation
 from optaxplus.custom_types import DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.moving_averages import bias_correction, mix
-from optaxplus.numerics.norms import scaled_square
+from optaxplus.numerics.norms import mix_square
 
 __all__ = ["ScaleByAdamState", "scale_by_adam"]
 
@@ -57,7 +57,7 @@ def _adam_leaf(
     wide = trees.widen(g)
     scale_mu, scale_g, scale_nu = (trees.scalar_for(scale, g) for scale in scales)
     m = mix(b1, mu.astype(wide.dtype), wide)
-    v = b2 * trees.widen(nu) + scaled_square(1 - b2, wide)
+    v = mix_square(b2, trees.widen(nu), wide)
     largest = v if nu_max is None else jnp.maximum(trees.widen(nu_max), v)
     numerator = scale_mu * m
     if nesterov:

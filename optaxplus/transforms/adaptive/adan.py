@@ -25,7 +25,7 @@ from optaxplus import trees, validation
 from optaxplus.custom_types import DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.moving_averages import bias_correction, mix
-from optaxplus.numerics.norms import scaled_square
+from optaxplus.numerics.norms import mix_square
 
 __all__ = ["ScaleByAdanState", "scale_by_adan"]
 
@@ -60,7 +60,7 @@ def _adan_leaf(
     d = jnp.where(is_first, jnp.zeros_like(wide), wide - previous.astype(wide.dtype))
     m = mix(b1, mu.astype(wide.dtype), wide)
     k = mix(b2, mu_diff.astype(wide.dtype), d)
-    n = b3 * trees.widen(nu) + scaled_square(1 - b3, wide + b2 * d)
+    n = mix_square(b3, trees.widen(nu), wide + b2 * d)
     u = (scale_mu * m + b2 * scale_diff * k) / (jnp.sqrt(scale_nu * n) + eps)
     return (
         u,

@@ -27,7 +27,7 @@ from optaxplus import trees, validation
 from optaxplus.custom_types import DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.moving_averages import bias_correction, mix
-from optaxplus.numerics.norms import scaled_square
+from optaxplus.numerics.norms import mix_square
 
 __all__ = ["ScaleByAdemamixState", "scale_by_ademamix"]
 
@@ -73,7 +73,7 @@ def _ademamix_leaf(
     scale_mu, scale_nu = (trees.scalar_for(scale, g) for scale in scales)
     fast = mix(b1, mu.astype(wide.dtype), wide)
     slow = (1 - weight) * mu_slow.astype(wide.dtype) + weight * wide
-    v = b2 * trees.widen(nu) + scaled_square(1 - b2, wide)
+    v = mix_square(b2, trees.widen(nu), wide)
     u = (scale_mu * fast + alpha * slow) / (jnp.sqrt(scale_nu * v) + eps)
     return u, fast.astype(mu.dtype), slow.astype(mu_slow.dtype), v.astype(nu.dtype)
 

@@ -9,8 +9,10 @@ Letters to arguments: β₁, β₂ are `b1`, `b2`, ε is `eps`; m, v are the sta
 
 Source: Taniguchi et al., ADOPT, arXiv 2411.02853, Algorithm 2 of version 3, and the
 authors' package torch-adopt 0.1.0; the same as `optax.contrib.adopt`. Without the
-cut-off it is Algorithm 1, which the authors no longer recommend: where the first
-gradient was nearly 0, the second step is as long as the learning rate divided by ε.
+cut-off it is that package with `clip_lambda=None`, which the authors no longer
+recommend: where the first gradient was nearly 0, the second step is as long as the
+learning rate divided by ε. An earlier file of theirs, whose average starts from the
+first normalised gradient and whose ε falls from 1, is left out.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from optaxplus import trees, validation
 from optaxplus.custom_types import DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.moving_averages import mix
-from optaxplus.numerics.norms import scaled_square
+from optaxplus.numerics.norms import mix_square
 
 __all__ = ["ScaleByAdoptState", "scale_by_adopt"]
 
@@ -62,7 +64,7 @@ def _adopt_leaf(
     if limit is not None:
         x = _clipped(x, trees.scalar_for(limit, g))
     m = mix(b1, mu.astype(wide.dtype), jnp.where(is_first, jnp.zeros_like(x), x))
-    v = b2 * before + scaled_square(1 - b2, wide)
+    v = mix_square(b2, before, wide)
     return m, m.astype(mu.dtype), v.astype(nu.dtype)
 
 

@@ -23,7 +23,7 @@ from optaxplus import trees, validation
 from optaxplus.custom_types import DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.moving_averages import bias_correction, mix
-from optaxplus.numerics.norms import scaled_square
+from optaxplus.numerics.norms import mix_square
 
 __all__ = ["ScaleByNadamState", "scale_by_nadam"]
 
@@ -32,7 +32,7 @@ class ScaleByNadamState(NamedTuple):
     """State of `scale_by_nadam`."""
 
     count: jax.Array  # shape (), int32: finished updates
-    mu_product: jax.Array  # shape (), float32: product M of all momenta so far
+    mu_product: jax.Array  # shape (), JAX's default float: product M of all momenta
     mu: PyTree  # like the parameters: first moment m
     nu: PyTree  # like the parameters, real: second moment v
 
@@ -51,7 +51,7 @@ def _nadam_leaf(
     wide = trees.widen(g)
     scale_g, scale_mu, scale_nu = (trees.scalar_for(scale, g) for scale in scales)
     m = mix(b1, mu.astype(wide.dtype), wide)
-    v = b2 * trees.widen(nu) + scaled_square(1 - b2, wide)
+    v = mix_square(b2, trees.widen(nu), wide)
     u = (scale_g * wide + scale_mu * m) / (jnp.sqrt(scale_nu * v) + eps)
     return u, m.astype(mu.dtype), v.astype(nu.dtype)
 

@@ -30,7 +30,7 @@ from optaxplus import trees, validation
 from optaxplus.custom_types import DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.moving_averages import bias_correction, mix
-from optaxplus.numerics.norms import scaled_square
+from optaxplus.numerics.norms import mix_square
 
 __all__ = ["ScaleByRadamState", "scale_by_radam"]
 
@@ -86,7 +86,7 @@ def _radam_leaf(
     """One leaf: (u, m, v). `scale_u` is r·sqrt(1 - β₂ᵗ)."""
     wide = trees.widen(g)
     m = mix(b1, mu.astype(wide.dtype), wide)
-    v = b2 * trees.widen(nu) + scaled_square(1 - b2, wide)
+    v = mix_square(b2, trees.widen(nu), wide)
     m_hat = trees.scalar_for(scale_mu, g) * m
     rectified = trees.scalar_for(scale_u, g) * m_hat / (jnp.sqrt(v) + eps)
     u = jnp.where(is_rectified, rectified, m_hat)
@@ -109,7 +109,8 @@ def scale_by_radam(
 
     Args:
       b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b2: Decay rate of the mean square, in [0, 1). ρ never exceeds 2/(1 - b2) - 1: with
+        2/3 or less nothing is rectified.
       eps: Added to the root of the mean square before its bias correction, in units of
         the gradient. > 0.
       threshold: Length ρ of the average above which the denominator is used. > 0;

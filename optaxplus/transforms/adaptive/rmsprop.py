@@ -23,7 +23,7 @@ from optaxplus import trees, validation
 from optaxplus.custom_types import DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.moving_averages import mix
-from optaxplus.numerics.norms import abs_square, scaled_square
+from optaxplus.numerics.norms import abs_square, mix_square
 
 __all__ = ["ScaleByRmspropState", "scale_by_rmsprop"]
 
@@ -46,7 +46,7 @@ def _rmsprop_leaf(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """One leaf: (u, v, a)."""
     wide = trees.widen(g)
-    v = b2 * trees.widen(nu) + scaled_square(1 - b2, wide)
+    v = mix_square(b2, trees.widen(nu), wide)
     stored, variance = None, v
     if mu is not None:
         a = mix(b2, mu.astype(wide.dtype), wide)

@@ -27,7 +27,7 @@ from optaxplus.custom_types import Axes, DTypeName, Mask, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon, is_zero
 from optaxplus.numerics.matrix_axes import MatrixAxes
 from optaxplus.numerics.moving_averages import bias_correction, mix
-from optaxplus.numerics.norms import block_rms, scaled_square
+from optaxplus.numerics.norms import block_rms, mix_square
 from optaxplus.partition.inference import axes_of
 
 __all__ = ["ScaleByStableAdamState", "scale_by_stable_adam"]
@@ -57,7 +57,7 @@ def _stable_adam_leaf(
     wide = trees.widen(g)
     scale_mu, scale_nu = (trees.scalar_for(scale, g) for scale in scales)
     m = mix(b1, mu.astype(wide.dtype), wide)
-    v = b2 * trees.widen(nu) + scaled_square(1 - b2, wide)
+    v = mix_square(b2, trees.widen(nu), wide)
     root = jnp.sqrt(scale_nu * v)
     rms = block_rms(wide / jnp.maximum(root, eps), axes)
     u = (scale_mu * m / (root + eps) + decay) / jnp.maximum(1.0, rms)
@@ -107,6 +107,7 @@ def scale_by_stable_adam(
 
     def init_fn(params: PyTree) -> ScaleByStableAdamState:
         axes_of(name, axes, params)
+        trees.resolve_mask(name, mask, params)
         return ScaleByStableAdamState(
             count=jnp.zeros([], jnp.int32),
             mu=trees.init_moment(name, params, mu_dtype),

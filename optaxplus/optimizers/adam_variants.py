@@ -105,8 +105,8 @@ def adan(
     State: 16 bytes per parameter.
 
     Args:
-      learning_rate: See `optaxplus.custom_types`. 1e-3 is usual; larger than Adam's
-        works.
+      learning_rate: See `optaxplus.custom_types`. 1e-3 to 1e-2 is usual, more
+        than Adam's.
       b1: Decay rate of the mean of the gradient, in [0, 1).
       b2: Decay rate of the mean of the difference and its weight, in [0, 1).
       b3: Decay rate of the second moment, in [0, 1).
