@@ -105,7 +105,47 @@ def main_job() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"methods": methods_table, "main job": main_job}
+def update_time() -> str:
+    """One update beside optax and PyTorch, from its committed results."""
+    results = json.loads((RESULTS / "update_time.json").read_text("utf-8"))
+    lines = [
+        "| optimizer | ms | of optax's time | of PyTorch's best | "
+        "temporaries, bytes per parameter (optax) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        peers = row["candidates"]
+        if "optax" not in peers:
+            continue
+        best_of_torch = row.get("ratio_to_best_torch")
+        ours, theirs = (
+            peers[name]["temporary_bytes_per_param"] for name in ("optaxplus", "optax")
+        )
+        lines.append(
+            f"| {row['name']} | {peers['optaxplus']['milliseconds'][1]:.0f} | "
+            f"{row['ratio_to_optax'][1]:.2f} | "
+            f"{'-' if best_of_torch is None else f'{best_of_torch[1]:.2f}'} | "
+            f"{ours:.2f} ({theirs:.2f}) |"
+        )
+    versions = results["versions"]
+    lines += [
+        "",
+        f"{results['num_params'] / 1e6:.0f}M float32 parameters of a transformer on "
+        f"{results['threads']} threads of {results['processor']}, parameters and state "
+        f"donated; medians of {results['arguments']['rounds']} interleaved rounds. "
+        f"jax {versions['jax']}, optax {versions['optax']}, PyTorch "
+        f"{versions['torch']}, whose best is `fused` where it exists: XLA reads "
+        "moments twice, once to update them and once to use them. "
+        "`python benchmarks/update_time.py` measures it.",
+    ]
+    return "\n".join(lines)
+
+
+BLOCKS = {
+    "methods": methods_table,
+    "main job": main_job,
+    "update time": update_time,
+}
 
 
 def render(readme: str) -> str:
