@@ -166,6 +166,7 @@ DIFFERENT_DEFAULTS = {
     ("lamb", "eps"): "the paper's, in TensorFlow Addons and optax",
     ("lars", "trust_coefficient"): "LARS's own; the link's default is LAMB's",
     ("muon", "b1"): "Muon's momentum is slower than Adam's",
+    ("muon", "weight_decay"): "Moonlight's; a chain decays only if asked to",
     ("muon", "nesterov"): "Muon's momentum is Nesterov's",
     ("sgd", "momentum"): "plain unless asked for, as in PyTorch and optax",
     ("adamw", "weight_decay"): "optax's; a chain decays only if asked to",

@@ -19,6 +19,7 @@ from optaxplus.transforms.orthogonalized import (
     orthogonalize_via_newton_schulz,
     scale_by_matrix_shape,
 )
+from optaxplus.transforms.weight_decay import descend
 
 __all__ = ["muon"]
 
@@ -147,8 +148,7 @@ def muon(
     if "adamw" not in others:
         others["adamw"] = optax.chain(
             scale_by_adam(adamw_b1, adamw_b2, eps=adamw_eps, mu_dtype=mu_dtype),
-            optax.add_decayed_weights(adamw_weight_decay),
-            optax.scale_by_learning_rate(adamw_learning_rate),
+            descend(adamw_learning_rate, adamw_weight_decay),
         )
 
     def matrices(axes: Axes) -> optax.GradientTransformation:
@@ -161,8 +161,7 @@ def muon(
                 axes=axes,
             ),
             scale_by_matrix_shape(shape_scale, axes=axes),
-            optax.add_decayed_weights(weight_decay),
-            optax.scale_by_learning_rate(learning_rate),
+            descend(learning_rate, weight_decay),
         )
 
     clip = optax.identity() if clip_norm is None else clip_by_global_norm(clip_norm)

@@ -78,8 +78,7 @@ def descend(
       weight_decay: Coefficient of the parameters, >= 0, or a schedule of it. Relative
         to the learning rate unless the form is "independent": there it is the part of
         the parameter that every step removes, 1e-5 to 1e-4 as a rule, whatever the
-        learning rate does. Other than 0 it
-        makes `update` need params. Static if 0.
+        learning rate does. Other than 0 it makes `update` need params. Static if 0.
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all,
         `decay_mask` all but vectors.
       decay: "decoupled", "independent", "cautious" or "proximal", see the module.
@@ -117,10 +116,17 @@ def descend(
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, Any]:
-        def at_this_step(value: ScalarOrSchedule) -> Any:
-            return value(state.count) if callable(value) else value
+        def at_this_step(argument: str, value: ScalarOrSchedule) -> Any:
+            now = value(state.count) if callable(value) else value
+            if jnp.ndim(now):
+                raise ValueError(
+                    f"{name}: {argument}(step) of shape {jnp.shape(now)} is not "
+                    "allowed; a schedule must return a scalar."
+                )
+            return now
 
-        lr, coefficient = at_this_step(learning_rate), at_this_step(weight_decay)
+        lr = at_this_step("learning_rate", learning_rate)
+        coefficient = at_this_step("weight_decay", weight_decay)
 
         def step(u: jax.Array) -> jax.Array:
             return -trees.scalar_for(lr, u) * trees.widen(u)

@@ -83,6 +83,32 @@ CASES = [
         branches=factored_branches,
     ),
     Case(
+        "adafactor-weight_decay",
+        ox.adafactor,
+        {
+            "min_dim_size_to_factor": 2,
+            "b1": 0.9,
+            "weight_decay": 0.01,
+            "decay": "independent",
+        },
+        learning_rate=0.2,
+        static_args=("min_dim_size_to_factor",),
+        needs_params=True,
+        complex_supported=False,
+        scope="block",
+        zero_gradient=lambda p, _, __: -0.01 * p,
+        oracle=reference(
+            factored.adafactor,
+            min_dim_size_to_factor=2,
+            momentum=0.9,
+            weight_decay_rate=0.01,
+        ),
+        twin=lambda rate: optax.adafactor(
+            rate, min_dim_size_to_factor=2, momentum=0.9, weight_decay_rate=0.01
+        ),
+        branches=factored_branches,
+    ),
+    Case(
         "adafactor-b1",
         ox.adafactor,
         {"min_dim_size_to_factor": 2, "b1": 0.9, "multiply_by_param_rms": False},

@@ -144,3 +144,19 @@ def test_params_are_needed_and_real():
         tx.init({"w": jnp.ones((2, 3), jnp.complex64)})
     with pytest.raises(ValueError, match=r"parameter 'b': .* axis -2 is out of range"):
         ox.adafactor(0.1, axes=STACK).init(PARAMS)
+
+
+@pytest.mark.parametrize("b1", [None, 0.9])
+@pytest.mark.parametrize(
+    ("decay", "removed"),
+    [("decoupled", 0.02), ("independent", 0.1), ("cautious", 0.02)],
+)
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_decay_with_and_without_an_average(b1, decay: str, removed: float, scheduled):
+    rate = (lambda step: 0.2) if scheduled else 0.2
+    tx = ox.adafactor(rate, b1=b1, weight_decay=0.1, decay=decay)
+    params = {"w": jnp.array([[1.0, -2.0, 3.0]])}
+    zeros = {"w": jnp.zeros((1, 3))}
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    # One product of float32 numbers.
+    np.testing.assert_allclose(updates["w"], -removed * params["w"], rtol=3e-7)

@@ -312,3 +312,14 @@ def test_undecided_parameters_of_a_mask_name_the_remedy():
 def test_a_mask_is_checked_although_nothing_decays():
     with pytest.raises(TypeError, match="mask=3 at 'w' is not allowed"):
         ox.descend(0.1, mask={"w": 3}).init({"w": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("argument", ["learning_rate", "weight_decay"])
+def test_schedules_of_vectors_are_refused(argument: str):
+    # They would broadcast over the columns of some parameters.
+    arguments = {"learning_rate": 0.1, argument: lambda step: jnp.ones(3)}
+    tx, params = ox.descend(**arguments), jnp.ones((2, 3))
+    with pytest.raises(
+        ValueError, match=rf"descend: {argument}\(step\) of shape \(3,\)"
+    ):
+        tx.update(params, tx.init(params), params)
