@@ -19,6 +19,7 @@ import optaxplus as ox
 # A script's own folder, also where the tests load it by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from methods import FROM_OPTAX, METHODS, WRAPPERS, Method
+from routing import OURS, details, misses, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -141,9 +142,50 @@ def update_time() -> str:
     return "\n".join(lines)
 
 
+def routing() -> str:
+    """What Muon gets of five models, from optax and from here, from its results."""
+    results = json.loads((RESULTS / "routing.json").read_text("utf-8"))
+    lines = [
+        "What `optax.contrib.muon` and `ox.muon` make of five Flax models, both with "
+        "their defaults. All hidden weight matrices should reach Muon, every layer and "
+        "expert as a matrix of its own, and nothing else:",
+        "",
+        *_markdown(summary(results)),
+        "",
+        "By kinds, with the matrices that are orthogonalized; bold is what goes to the "
+        "wrong optimizer, or to Muon as the wrong matrix:",
+        "",
+        *_markdown(details(results)),
+        "",
+        "`optax.contrib.muon` takes what has two axes: also the norms of a stack, as "
+        "one matrix of layers, and the biases of heads, as one of heads. With "
+        "`muon_weight_dimension_numbers` it does as it is told, for every parameter by "
+        "hand.",
+    ]
+    ours = misses(results, OURS)
+    if ours:
+        lines[-1] += (
+            f" What `ox.muon` gets wrong here is {', '.join(ours)}, until a rule of "
+            "your own says what it is."
+        )
+    versions = results["versions"]
+    lines[-1] += (
+        f" optax {versions['optax']}, flax {versions['flax']}; read from the states of "
+        "the optimizers by `python benchmarks/routing.py`."
+    )
+    return "\n".join(lines)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose first row is its header."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
 BLOCKS = {
     "methods": methods_table,
     "main job": main_job,
+    "routing": routing,
     "update time": update_time,
 }
 

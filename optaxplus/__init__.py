@@ -23,7 +23,7 @@ from optaxplus.partition.inference import (
     label_params,
 )
 from optaxplus.partition.routing import route
-from optaxplus.partition.rules import DEFAULT_RULES, Rule
+from optaxplus.partition.rules import DEFAULT_RULES, LORA_RULES, Rule, stacked
 from optaxplus.report.memory import MemoryReport, memory_report
 from optaxplus.report.routing_table import RoutingTable, explain_routing
 from optaxplus.transforms.accumulation import AccumulateState, accumulate
@@ -72,6 +72,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_RULES",
+    "LORA_RULES",
     "AccumulateState",
     "CautiousState",
     "DescendState",
@@ -155,5 +156,6 @@ __all__ = [
     "sgd",
     "signum",
     "stable_adamw",
+    "stacked",
     "trust_ratio",
 ]

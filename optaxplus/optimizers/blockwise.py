@@ -128,5 +128,6 @@ def adam_mini(
         )
 
     return chain_in_float32(
-        route(build, rules), requires_params=None if is_zero(weight_decay) else name
+        route(build, rules, name=name),
+        requires_params=None if is_zero(weight_decay) else name,
     )

@@ -7,9 +7,9 @@ import optax
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar, ScalarOrSchedule
-from optaxplus.partition.inference import check_rules, label_of_role
+from optaxplus.partition.inference import label_of_role
 from optaxplus.partition.routing import route
-from optaxplus.partition.rules import DEFAULT_RULES, Rule
+from optaxplus.partition.rules import DEFAULT_RULES, Rule, check_rules
 from optaxplus.transforms.adaptive.adam import scale_by_adam
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.clipping import clip_by_global_norm
@@ -180,7 +180,7 @@ def muon(
             optax.masked(clip, trainable), optax.partition(groups, lambda _: labels)
         )
 
-    return chain_in_float32(route(build, rules), requires_params=name)
+    return chain_in_float32(route(build, rules, name=name), requires_params=name)
 
 
 def _transformations_of(

@@ -161,5 +161,5 @@ def mars(
 
     decays = not (is_zero(weight_decay) and is_zero(adamw_weight_decay))
     return chain_in_float32(
-        route(build, rules), requires_params=name if decays else None
+        route(build, rules, name=name), requires_params=name if decays else None
     )

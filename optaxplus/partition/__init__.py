@@ -7,14 +7,16 @@ from optaxplus.partition.inference import (
     label_params,
 )
 from optaxplus.partition.routing import route
-from optaxplus.partition.rules import DEFAULT_RULES, Rule
+from optaxplus.partition.rules import DEFAULT_RULES, LORA_RULES, Rule, stacked
 
 __all__ = [
     "DEFAULT_RULES",
+    "LORA_RULES",
     "MatrixAxes",
     "Rule",
     "infer_matrix_axes",
     "infer_roles",
     "label_params",
     "route",
+    "stacked",
 ]

@@ -5,7 +5,7 @@ Everything here reads paths and shapes alone, so it works on arrays, tracers and
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,16 @@ import optax
 from optaxplus import trees
 from optaxplus.custom_types import Axes, PyTree
 from optaxplus.numerics.matrix_axes import MatrixAxes, resolve_axes
-from optaxplus.partition.rules import DEFAULT_RULES, Rule
+from optaxplus.partition.messages import undecided_message
+from optaxplus.partition.rules import DEFAULT_RULES, InStack, Rule, check_rules
+from optaxplus.partition.stacks import (
+    Shape,
+    Siblings,
+    layer_axes,
+    layer_shape,
+    siblings_of,
+    with_layer_axes,
+)
 
 __all__ = [
     "Decision",
@@ -37,6 +46,8 @@ class Decision(NamedTuple):
       axes: Its matrix axes, non-negative.
       role: Its role.
       rule: The rule that decided.
+      overruled: Rules of one's own behind it that say otherwise.
+      layers: Axes that the shapes of the whole tree prove to count layers.
     """
 
     path: str
@@ -45,27 +56,15 @@ class Decision(NamedTuple):
     axes: MatrixAxes
     role: str
     rule: Rule
-
-
-def check_rules(function: str, rules: Any) -> tuple[Rule, ...]:
-    """Refuses anything but a sequence of rules, and returns it as a tuple."""
-    allowed = "it must be a sequence of Rule, such as (*mine, *DEFAULT_RULES)"
-    if not isinstance(rules, Sequence) or isinstance(rules, str):
-        raise TypeError(f"{function}: rules={rules!r} is not allowed; {allowed}.")
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise TypeError(
-                f"{function}: rules={rule!r} is not allowed; every entry must be a "
-                "Rule. Put your own in front: (*mine, *DEFAULT_RULES)."
-            )
-    return tuple(rules)
+    overruled: tuple[Rule, ...]
+    layers: tuple[int, ...]
 
 
 def decide(
     function: str,
     params: PyTree,
     rules: Sequence[Rule] = DEFAULT_RULES,
-    remedy: str = "rules=(rule, *DEFAULT_RULES)",
+    remedy: str = "rules=(rule, *ox.DEFAULT_RULES)",
 ) -> list[Decision]:
     """Applies the rules to every parameter, in the order of the tree's leaves.
 
@@ -78,28 +77,58 @@ def decide(
 
     Raises:
       TypeError: If `rules` holds anything but rules.
-      ValueError: If a parameter is undecided, the axes of a rule do not fit it, or a
-        required rule matches nothing.
+      ValueError: If a parameter is undecided, the axes of a rule do not fit it, a
+        required rule matches nothing, or two parameters have the same path.
     """
     rules = check_rules(function, rules)
-    leaves = [
-        (path, jax.numpy.shape(leaf), jax.numpy.result_type(leaf))
-        for path, leaf in trees.leaves_with_paths(params)
-    ]
-    siblings = {} if _is_masked(params) else _siblings(leaves)
-    decisions, undecided = [], []
-    for path, shape, dtype in leaves:
-        beside = siblings.get(_parent(path), {})
-        decision = _first_match(function, path, shape, dtype, beside, rules)
-        if decision is None:
-            undecided.append((path, shape))
-        else:
-            decisions.append(decision)
+    leaves = _by_path(function, params)
+    shapes = {path: jax.numpy.shape(leaf) for path, leaf in leaves.items()}
+    is_masked = _is_masked(params)
+    view = _View(function, shapes, is_masked)
+    decisions, undecided = [], {}
+    for path, leaf in leaves.items():
+        answers = _answers(rules, path, view)
+        first = next(answers, None)
+        if first is None:
+            undecided[path] = shapes[path]
+            continue
+        rule, axes = first
+        overruled = tuple(
+            other
+            for other, other_axes in answers
+            if (other.role, other_axes) != (rule.role, axes)
+        )
+        decisions.append(
+            Decision(
+                path=path,
+                shape=shapes[path],
+                dtype=jax.numpy.result_type(leaf),
+                axes=axes,
+                role=rule.role,
+                rule=rule,
+                overruled=overruled,
+                layers=view.layers[path],
+            )
+        )
     if undecided:
-        raise ValueError(_undecided_message(function, undecided, not siblings, remedy))
+        raise ValueError(
+            undecided_message(function, undecided, shapes, is_masked, remedy)
+        )
     if leaves:
-        _check_required(function, rules, [path for path, _, _ in leaves])
+        _check_required(function, rules, list(shapes))
     return decisions
+
+
+def _by_path(function: str, params: PyTree) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for path, leaf in trees.leaves_with_paths(params):
+        if path in leaves:
+            raise ValueError(
+                f"{function}: two parameters have the path {path!r}, and rules tell "
+                "parameters by their paths; rename one of them."
+            )
+        leaves[path] = leaf
+    return leaves
 
 
 def _is_masked(params: PyTree) -> bool:
@@ -109,105 +138,84 @@ def _is_masked(params: PyTree) -> bool:
     return any(map(is_mask, jax.tree.leaves(params, is_leaf=is_mask)))
 
 
-def _parent(path: str) -> str:
-    return path.rpartition("/")[0]
+class _View:
+    """The shapes that rules may look at: of the whole tree, or without a stack's axis.
+
+    In a tree of which part is masked away nothing counts as evidence.
+    """
+
+    def __init__(self, function: str, shapes: Mapping[str, Shape], is_masked: bool):
+        self.function = function
+        self.shapes = shapes
+        self.is_masked = is_masked
+        self.layers = dict.fromkeys(shapes, ()) if is_masked else layer_axes(shapes)
+        self._siblings = {} if is_masked else siblings_of(shapes)
+        self._siblings_in_layer = {} if is_masked else siblings_of(self._in_layer())
+        self._stacks: dict[tuple[str, int], _View] = {}
+
+    def _in_layer(self) -> dict[str, Shape]:
+        return {
+            path: layer_shape(shape, self.layers[path])
+            for path, shape in self.shapes.items()
+        }
+
+    def siblings(self, path: str, per_layer: bool) -> Siblings:
+        known = self._siblings_in_layer if per_layer else self._siblings
+        return known.get(path.rpartition("/")[0], {})
+
+    def without(self, pattern: str, axis: int) -> "_View":
+        """The view of one layer of the stacks whose paths match `pattern`."""
+        if (pattern, axis) not in self._stacks:
+            shapes = dict(self.shapes)
+            for path, shape in shapes.items():
+                if re.search(pattern, path):
+                    if not axis < len(shape):
+                        raise ValueError(
+                            f"{self.function}: stacked({pattern!r}, axis={axis}): "
+                            f"parameter {path!r} of shape {shape} has no axis {axis}."
+                        )
+                    shapes[path] = layer_shape(shape, (axis,))
+            view = _View(self.function, shapes, self.is_masked)
+            self._stacks[pattern, axis] = view
+        return self._stacks[pattern, axis]
 
 
-def _siblings(
-    leaves: Iterable[tuple[str, tuple[int, ...], Any]],
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    """For every module, the shapes in it by name and in its neighbours by "../path"."""
-    inside: dict[str, dict[str, tuple[int, ...]]] = {}
-    around: dict[str, dict[str, tuple[int, ...]]] = {}
-    for path, shape, _ in leaves:
-        module, _, name = path.rpartition("/")
-        inside.setdefault(module, {})[name] = shape
-        if module:
-            outer, _, inner = module.rpartition("/")
-            around.setdefault(outer, {})[f"../{inner}/{name}"] = shape
-    return {
-        module: names | (around.get(_parent(module), {}) if module else {})
-        for module, names in inside.items()
-    }
-
-
-def _first_match(
-    function: str,
-    path: str,
-    shape: tuple[int, ...],
-    dtype: Any,
-    siblings: Mapping[str, tuple[int, ...]],
-    rules: Sequence[Rule],
-) -> Decision | None:
+def _answers(
+    rules: Sequence[Rule], path: str, view: _View
+) -> Iterator[tuple[Rule, MatrixAxes]]:
+    """The first rule that decides and its axes, then one's own behind it."""
+    is_decided = False
     for rule in rules:
-        if not re.search(rule.pattern, path):
-            continue
-        axes = rule.axes
-        if not isinstance(axes, MatrixAxes):
-            axes = axes(path, shape, siblings)
-        if axes is None:
-            continue
-        if not isinstance(axes, MatrixAxes):
-            raise TypeError(
-                f"{function}: the rule {rule.pattern!r} gave axes={axes!r} for "
-                f"parameter {path!r}; it must give MatrixAxes or None."
-            )
-        return Decision(
-            path, shape, dtype, _fit(function, path, shape, axes), rule.role, rule
+        if not is_decided or rule.is_own:
+            axes = _axes_by(rule, path, view)
+            if axes is not None:
+                is_decided = True
+                yield rule, axes
+
+
+def _axes_by(rule: Rule, path: str, view: _View) -> MatrixAxes | None:
+    """The axes that a rule gives a parameter, non-negative; None if it does not."""
+    if not re.search(rule.pattern, path):
+        return None
+    axes, shape = rule.axes, view.shapes[path]
+    layers = view.layers[path] if rule.per_layer else ()
+    if isinstance(axes, InStack):
+        layers = (axes.axis,)
+        axes = _axes_by(axes.rule, path, view.without(rule.pattern, axes.axis))
+    elif not isinstance(axes, MatrixAxes):
+        siblings = view.siblings(path, rule.per_layer)
+        axes = axes(path, layer_shape(shape, layers), siblings)
+    if axes is None:
+        return None
+    if not isinstance(axes, MatrixAxes):
+        raise TypeError(
+            f"{view.function}: the rule {rule.pattern!r} gave axes={axes!r} for "
+            f"parameter {path!r}; it must give MatrixAxes or None."
         )
-    return None
-
-
-def _fit(
-    function: str, path: str, shape: tuple[int, ...], axes: MatrixAxes
-) -> MatrixAxes:
     try:
-        return resolve_axes(axes, shape)
+        return with_layer_axes(axes, shape, layers)
     except ValueError as error:
-        raise ValueError(f"{function}: parameter {path!r}: {error}.") from error
-
-
-def _undecided_message(
-    function: str,
-    undecided: Sequence[tuple[str, tuple[int, ...]]],
-    masked: bool,
-    remedy: str,
-) -> str:
-    lines = [
-        f"{function}: no rule decides what these parameters are:",
-        *(f"  {path!r} of shape {shape}" for path, shape in undecided[:10]),
-    ]
-    if len(undecided) > 10:
-        lines.append(f"  and {len(undecided) - 10} more")
-    path, shape = undecided[0]
-    rank = len(shape)
-    example = f"  Rule({'^' + re.escape(path) + '$'!r}, "
-    if rank >= 3:
-        lines += [
-            "Put a rule in front that says which axes are summed over (fan_in) and "
-            "which index outputs (fan_out); the others count copies:",
-            f"{example}MatrixAxes(({rank - 2},), ({rank - 1},)), 'hidden')"
-            "  # a stack of matrices",
-            f"{example}MatrixAxes({tuple(range(rank - 1))}, ({rank - 1},)), 'hidden')"
-            "  # one matrix, all but the last axis summed over",
-            f"and pass {remedy}.",
-        ]
-    elif rank == 2:
-        lines += [
-            "Put a rule in front that says what the axes are:",
-            f"{example}MatrixAxes((), (1,)), 'vector')  # a stack of vectors",
-            f"{example}MatrixAxes((), (0, 1)), 'vector')  # one vector",
-            f"{example}MatrixAxes((0,), (1,)), 'hidden')  # a matrix",
-            f"and pass {remedy}.",
-        ]
-    else:
-        lines.append(f"Put a rule for it in front: {remedy}.")
-    if masked:
-        lines.append(
-            "Part of the tree is masked away, so nothing beside a parameter counts as "
-            "evidence: pass `axes` explicitly, or use optaxplus.route."
-        )
-    return "\n".join(lines)
+        raise ValueError(f"{view.function}: parameter {path!r}: {error}.") from error
 
 
 def _check_required(function: str, rules: Sequence[Rule], paths: Sequence[str]) -> None:
@@ -323,7 +331,7 @@ def axes_of(function: str, axes: Axes, tree: PyTree) -> PyTree:
         undecided.
     """
     if axes is None:
-        remedy = "axes=optaxplus.infer_matrix_axes(params, (rule, *DEFAULT_RULES))"
+        remedy = "axes=ox.infer_matrix_axes(params, (rule, *ox.DEFAULT_RULES))"
         decisions = decide(function, tree, DEFAULT_RULES, remedy)
         axes = trees.unflatten_like(tree, [d.axes for d in decisions])
     elif callable(axes):
@@ -348,5 +356,8 @@ def axes_of(function: str, axes: Axes, tree: PyTree) -> PyTree:
                 f"{function}: axes={entry!r} for parameter {path!r} is not allowed; "
                 "it must be MatrixAxes."
             )
-        values.append(_fit(function, path, jax.numpy.shape(leaf), entry))
+        try:
+            values.append(resolve_axes(entry, jax.numpy.shape(leaf)))
+        except ValueError as error:
+            raise ValueError(f"{function}: parameter {path!r}: {error}.") from error
     return jax.tree.unflatten(jax.tree.structure(tree), values)

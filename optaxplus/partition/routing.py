@@ -7,8 +7,8 @@ import optax
 
 from optaxplus import trees
 from optaxplus.custom_types import PyTree
-from optaxplus.partition.inference import check_rules, decide
-from optaxplus.partition.rules import DEFAULT_RULES, Rule
+from optaxplus.partition.inference import decide
+from optaxplus.partition.rules import DEFAULT_RULES, Rule, check_rules
 
 __all__ = ["route"]
 
@@ -16,6 +16,8 @@ __all__ = ["route"]
 def route(
     build: Callable[[PyTree, PyTree], optax.GradientTransformation],
     rules: Sequence[Rule] = DEFAULT_RULES,
+    *,
+    name: str = "route",
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a transformation from the roles and axes of the parameters it meets.
 
@@ -28,6 +30,7 @@ def route(
         structure of the parameters, at `init` and at every (traced) `update`; returns
         the transformation to use. It has to return the same one for the same tree.
       rules: As in `optaxplus.infer_matrix_axes`.
+      name: What errors call it: the name of the optimizer that is built on it.
 
     Returns:
       A transformation with the state of the one that `build` returns; extra arguments
@@ -47,10 +50,10 @@ def route(
       ... )
       >>> state = tx.init({"w": jnp.ones((4, 8)), "b": jnp.ones(8)})
     """
-    rules = check_rules("route", rules)
+    rules = check_rules(name, rules)
 
     def transformation(tree: PyTree) -> optax.GradientTransformationExtraArgs:
-        decisions = decide("route", tree, rules)
+        decisions = decide(name, tree, rules)
         roles = trees.unflatten_like(tree, [d.role for d in decisions])
         axes = trees.unflatten_like(tree, [d.axes for d in decisions])
         return optax.with_extra_args_support(build(roles, axes))

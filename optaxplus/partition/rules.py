@@ -8,16 +8,23 @@ and decline the rest.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from optaxplus import validation
 from optaxplus.numerics.matrix_axes import MatrixAxes
+from optaxplus.partition import layouts
+from optaxplus.partition.layouts import AxesFunction
 
-__all__ = ["DEFAULT_RULES", "AxesFunction", "Rule", "Siblings"]
-
-Shape = tuple[int, ...]
-Siblings = Mapping[str, Shape]
-AxesFunction = Callable[[str, Shape, Siblings], MatrixAxes | None]
+__all__ = [
+    "DEFAULT_RULES",
+    "LORA_RULES",
+    "InStack",
+    "Rule",
+    "check_rules",
+    "stacked",
+]
 
 
 @dataclass(frozen=True)
@@ -28,14 +35,18 @@ class Rule:
       pattern: Regular expression, found anywhere (`re.search`) in the "/"-joined path
         of the parameter, such as "block_0/attn/query/kernel".
       axes: The `MatrixAxes`, or a function (path, shape, siblings) -> `MatrixAxes`,
-        or None to decline. `siblings` maps names to shapes of the arrays beside the
-        parameter ("bias") and of those in and beside neighbouring modules
-        ("../norm/scale"), itself included; it is empty where part of the tree is
-        masked away.
+        or None to decline. `siblings` maps the arrays beside the parameter ("bias")
+        and those below its module's parent ("../norm/scale", "../mlp/up/kernel") to
+        their shapes, itself included; it is empty where part of the tree is masked
+        away.
       role: "hidden" (weight matrices), "embedding", "head", "vector", "other",
         "frozen" (never updated), or a word of your own, which becomes the label.
       required: Whether it is an error that the pattern matches no parameter, so that
         a rule does not silently rot when a model is renamed.
+      name: What tables call the rule; the pattern if empty.
+      per_layer: Whether `axes` speaks of one layer: the axes that count layers, as far
+        as the shapes of the whole tree prove them, are taken off the shapes that it is
+        asked about and count as copies. Otherwise it speaks of the whole shape.
 
     Raises:
       TypeError: If an attribute has a wrong type.
@@ -48,9 +59,11 @@ class Rule:
     """
 
     pattern: str
-    axes: MatrixAxes | AxesFunction
+    axes: "MatrixAxes | AxesFunction | InStack"
     role: str
     required: bool = True
+    name: str = ""
+    per_layer: bool = False
 
     def __post_init__(self):
         try:
@@ -60,7 +73,7 @@ class Rule:
                 f"Rule: pattern={self.pattern!r} is not allowed; it must be a regular "
                 f"expression ({error})."
             ) from error
-        if not isinstance(self.axes, MatrixAxes) and not callable(self.axes):
+        if not (isinstance(self.axes, MatrixAxes | InStack) or callable(self.axes)):
             raise TypeError(
                 f"Rule: axes={self.axes!r} is not allowed; it must be MatrixAxes or a "
                 "function (path, shape, siblings) -> MatrixAxes | None."
@@ -71,171 +84,217 @@ class Rule:
                 "'hidden', 'embedding', 'head', 'vector', 'other' or 'frozen'."
             )
 
+    @property
+    def is_own(self) -> bool:
+        """Whether somebody wrote it for the model at hand: not one of the defaults."""
+        inner = self.axes.rule if isinstance(self.axes, InStack) else self
+        return inner.required
 
-_MATRIX = MatrixAxes((-2,), (-1,))
-
-
-def _vector(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """A vector or scalar is one block."""
-    return MatrixAxes((), tuple(range(len(shape)))) if len(shape) <= 1 else None
-
-
-def _matrix(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """(in, out)."""
-    return _MATRIX if len(shape) == 2 else None
-
-
-def _unnamed_matrix(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """(in, out), unless it is a bias: a stack or heads that nothing decided."""
-    return None if re.search(_BIAS, path) else _matrix(path, shape, siblings)
+    def describe(self) -> str:
+        """What tables call it: name or pattern, after that of the stack it is for."""
+        if isinstance(self.axes, InStack):
+            return f"stacked({self.pattern!r}): {self.axes.rule.describe()}"
+        return self.name or repr(self.pattern)
 
 
-def _table(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes:
-    """(*stack, in, out); the input of an embedding is one-hot over its entries."""
-    return _MATRIX if len(shape) >= 2 else MatrixAxes((), tuple(range(len(shape))))
+@dataclass(frozen=True)
+class InStack:
+    """As the `axes` of a rule: asks another rule about one layer of a stack.
 
-
-def _norm(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes:
-    """(*stack, features): the scale of a norm is a vector in every layer."""
-    return MatrixAxes((), (-1,)) if shape else MatrixAxes((), ())
-
-
-def _stack_rank(kernel: Shape, bias: Shape) -> int | None:
-    """How many leading axes of `kernel` count layers, as far as its bias tells.
-
-    A layer's bias has the shape of the last axes of its kernel (one for a Dense or a
-    convolution, two for attention heads), and a stack puts the same axis in front of
-    both. None where the two shapes allow both readings, or neither.
+    Attributes:
+      rule: The rule that is asked.
+      axis: The axis that counts layers.
     """
-    readings = set()
-    if len(bias) > len(kernel):
-        return None
-    if bias == kernel[len(kernel) - len(bias) :]:
-        readings.add(0)
-    if len(bias) >= 2 and bias[0] == kernel[0]:
-        layer_kernel, layer_bias = kernel[1:], bias[1:]
-        if layer_bias == layer_kernel[len(layer_kernel) - len(layer_bias) :]:
-            readings.add(1)
-    return readings.pop() if len(readings) == 1 else None
+
+    rule: Rule
+    axis: int
 
 
-def _kernel(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """A kernel of rank >= 3 as its bias tells: (*stack, *in, *out).
+def check_rules(function: str, rules: Any) -> tuple[Rule, ...]:
+    """Refuses anything but a sequence of rules, and returns it as a tuple."""
+    if not isinstance(rules, Sequence) or isinstance(rules, str):
+        raise TypeError(
+            f"{function}: rules={rules!r} is not allowed; it must be a sequence of "
+            "Rule, such as (*mine, *optaxplus.DEFAULT_RULES)."
+        )
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TypeError(
+                f"{function}: rules={rule!r} is not allowed; every entry must be a "
+                "Rule. Put your own in front, each sequence with its star: "
+                "(*mine, *optaxplus.DEFAULT_RULES)."
+            )
+    return tuple(rules)
 
-    Without a bias, a norm with a stacked scale beside it tells a stack of matrices.
-    """
-    bias = siblings.get("bias")
-    if len(shape) == 3 and bias is None and _is_stacked(shape, siblings):
-        return MatrixAxes((1,), (2,))
-    if len(shape) < 3 or not bias:
-        return None
-    stack = _stack_rank(shape, bias)
-    if stack is None:
-        return None
-    first_out = len(shape) - (len(bias) - stack)
-    if not stack < first_out:
-        return None
-    return MatrixAxes(
-        tuple(range(stack, first_out)), tuple(range(first_out, len(shape)))
+
+class _NamedRules(tuple[Rule, ...]):
+    """Rules under a name, which is how they are printed in signatures."""
+
+    name: str
+
+    def __new__(cls, name: str, rules: Sequence[Rule]):
+        self = super().__new__(cls, rules)
+        self.name = name
+        return self
+
+    def __repr__(self) -> str:
+        return f"optaxplus.{self.name}"
+
+    def __reduce__(self):
+        return type(self), (self.name, tuple(self))
+
+
+def _default(name: str, pattern: str, axes: AxesFunction, role: str) -> Rule:
+    return Rule(pattern, axes, role, required=False, name=name, per_layer=True)
+
+
+def _names(*names: str, suffix: str = "kernel|weight|w") -> str:
+    """Paths that end in one of `names`, or in an array in a module of that name."""
+    return rf"(^|/)({'|'.join(names)})(/({suffix}))?$"
+
+
+_HEAD = "|".join(
+    (
+        _names(
+            r"(?!(multi|attn|attention|per|single)_head)(\w+_)?head",
+            r"unembed\w*",
+            "embed_out",
+            "readout",
+            r"classifier(/out_proj)?",
+            r"logits?(?!_scale|_bias)\w*",
+            "predictions/decoder",
+            "lm_head/decoder",
+            "vocab_projector",
+            "score",
+            "qa_outputs",
+        ),
+        # What a whole model calls its output; inside a block it is a hidden matrix.
+        r"^(params/)?(output|output_layer|output_projection|fc|fc_out)"
+        r"/(kernel|weight|w)$",
     )
-
-
-def _bias(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """A bias of rank >= 2: heads of one layer, a stack of layers, or both."""
-    if len(shape) < 2:
-        return _vector(path, shape, siblings)
-    if siblings.get("scale") == shape:
-        return _norm(path, shape, siblings)
-    if "kernel" not in siblings:
-        return None
-    stack = _stack_rank(siblings["kernel"], shape)
-    return None if stack is None else MatrixAxes((), tuple(range(stack, len(shape))))
-
-
-def _is_stacked(shape: Shape, siblings: Siblings) -> bool:
-    """Whether a neighbouring norm has one scale for each of shape[0] layers."""
-    return any(
-        path.startswith("../") and path.endswith("/scale") and scale[:-1] == shape[:1]
-        for path, scale in siblings.items()
-    )
-
-
-def _has_heads(siblings: Siblings) -> bool:
-    """Whether query, value and out fit together as projections onto heads.
-
-    (features, heads, head_dim) and (heads, head_dim, features) share heads and
-    head_dim; two stacks of layers share their first axis. False where both readings
-    are possible.
-    """
-    query, out = (siblings.get(f"../{name}/kernel", ()) for name in ("query", "out"))
-    value = siblings.get("../value/kernel", query)
-    if min(len(query), len(value), len(out)) < 3:
-        return False
-    fits_heads = query[-2] == out[-3] and value[-1] == out[-2]
-    fits_layers = len(out) == 3 and query[0] == out[0]
-    return fits_heads and not fits_layers
-
-
-def _attention_bias(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """(heads, head_dim), one vector; with a leading axis, a stack of them."""
-    is_heads = len(shape) >= 2 and _has_heads(siblings)
-    return MatrixAxes((), (-2, -1)) if is_heads else None
-
-
-def _attention_in(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """(features, heads, head_dim), or a stack of those."""
-    is_heads = len(shape) >= 3 and _has_heads(siblings)
-    return MatrixAxes((-3,), (-2, -1)) if is_heads else None
-
-
-def _attention_out(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """(heads, head_dim, features), or a stack of those."""
-    is_heads = len(shape) >= 3 and _has_heads(siblings)
-    return MatrixAxes((-3, -2), (-1,)) if is_heads else None
-
-
-def _convolution(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """(*window, in, out): every window position and input channel is summed over.
-
-    Without a bias, rank 5 may be a window of three dimensions or a stack of images'
-    convolutions, and is declined.
-    """
-    if not 3 <= len(shape) <= 4 or "bias" in siblings:
-        return None
-    first = 1 if _is_stacked(shape, siblings) else 0
-    return MatrixAxes(tuple(range(first, len(shape) - 1)), (-1,))
-
-
-def _default(pattern: str, axes: MatrixAxes | AxesFunction, role: str) -> Rule:
-    return Rule(pattern, axes, role, required=False)
-
-
-_BIAS = r"(^|/)(bias|b|beta)$"
-_NORM = r"(^|/)(\w*norm\w*|ln(_?\w+)?)(/(weight|w))?$"
-_EMBEDDING = (
-    r"(^|/)(\w*embeddings?|embed|embed_tokens|emb|wte|wpe|tok_emb\w*|token_emb\w*"
-    r"|pos_emb\w*|position_emb\w*|positional_emb\w*|pos\w*_table|cls|cls_token)"
-    r"(/(weight|w|table))?$"
 )
-_HEAD = (
-    r"(^|/)(lm_head|head|unembed\w*|embed_out|readout|classifier|logits\w*|output_head)"
-    r"(/(kernel|weight|w))?$"
+_LAYER_EMBEDDING = r"(^|/)per_layer\w*_embeddings?(/\w+)?$"
+_EMBEDDING = _names(
+    r"\w*embeddings?",
+    r"\w*embed",
+    "embed_tokens",
+    r"(\w+_)?emb",
+    r"pos\w*emb\w*",
+    "wte",
+    "wpe",
+    r"pos\w*_table",
+    r"\w*_bias_table",
+    r"(cls|class|mask|dist|register|query|latent)_tokens?",
+    "cls",
+    "probe",
+    suffix="weight|w|table",
 )
+# The first convolution or dense layer of a vision model.
+_PATCHES = r"(^|/)(embedding|patch_?embed\w*(/proj\w*)?|patchify)/(kernel|w)$"
+_LORA_A = r"(^|/)(\w*_)?lora(_kernel)?[_/][aA]([./](kernel|weight|w))?$"
+_LORA_B = r"(^|/)(\w*_)?lora(_kernel)?[_/][bB]([./](kernel|weight|w))?$"
+_ROUTER = _names(
+    r"(\w*_)?router(_weights(/w)?|_logits|/proj|/gate|/dense)?",
+    r"Router(_\d+)?(/\w+)?",
+    r"\w*expert_gate",
+    "sparse_feedforward_gate_dense",
+)
+_BIAS = r"(^|/)((\w+_)?bias|b|beta|offset|shift)$"
+_SCALE = r"(^|/)(\w+_)?(scale|gain|gamma)$"
+_NORM = _names(r"\w*norm\w*", r"ln(_?\w+)?", suffix="weight|w")
+_EXPERT = r"(?i:moe|expert|gptossmlp)|(^|/)we_(gate|up|down)\w*$"
+_ATTENTION_IN = r"(^|/)(query|key|value|[qkv]_proj|w?[qkv])(/(kernel|w))?$"
+_ATTENTION_OUT = r"(^|/)(out|o_proj|out_proj|proj|w?o)(/(kernel|w))?$"
+_KERNEL = r"(^|/)(kernel|w)$"
+# Gemma's einsums, and the up-projections of latent attention (DeepSeek).
+_EINSUM_IN = r"(^|/)([qk]|kv|qkv)_einsum/w$"
+_EINSUM_OUT = r"(^|/)attn_vec_einsum/w$"
+_EINSUM_GATES = r"(^|/)gating_einsum(/w)?$"
+_LATENT = r"(^|/)w(q|kv)_b/kernel$"
+# A bias of several axes that nothing decided is no matrix.
+_UNNAMED = rf"^(?!.*{_BIAS})"
 
 # Names decide the role first; shapes are read from evidence before names, because
 # evidence speaks of the parameter at hand and a name of what is usual. An output head
 # is known by its name alone.
-DEFAULT_RULES: tuple[Rule, ...] = (
-    _default(_HEAD, _table, "head"),
-    _default(_EMBEDDING, _table, "embedding"),
-    _default(r"(^|/)(scale|gain|gamma)$", _norm, "vector"),
-    _default(_NORM, _norm, "vector"),
-    _default(_BIAS, _bias, "vector"),
-    _default(r"(^|/)(query|key|value)/bias$", _attention_bias, "vector"),
-    _default(r"(^|/)kernel$", _kernel, "hidden"),
-    _default(r"(^|/)(query|key|value)/kernel$", _attention_in, "hidden"),
-    _default(r"(^|/)out/kernel$", _attention_out, "hidden"),
-    _default(r"(^|/)\w*[Cc]onv\w*/kernel$", _convolution, "hidden"),
-    _default(r"", _unnamed_matrix, "hidden"),
-    _default(r"", _vector, "vector"),
+DEFAULT_RULES: tuple[Rule, ...] = _NamedRules(
+    "DEFAULT_RULES",
+    (
+        _default("output head", _HEAD, layouts.table, "head"),
+        _default("table", _LAYER_EMBEDDING, layouts.first_axis_in, "embedding"),
+        _default("table", _EMBEDDING, layouts.table, "embedding"),
+        _default("patches", _PATCHES, layouts.patches, "embedding"),
+        _default("LoRA A", _LORA_A, layouts.lora_a, "other"),
+        _default("LoRA B", _LORA_B, layouts.lora_b, "hidden"),
+        _default("router", _ROUTER, layouts.matrix, "other"),
+        _default("router", r"(^|/)gate(/kernel)?$", layouts.gate_of_experts, "other"),
+        _default("scale", _SCALE, layouts.last_axis, "vector"),
+        _default("norm", _NORM, layouts.last_axis, "vector"),
+        _default("bias", _BIAS, layouts.bias, "vector"),
+        _default("experts", rf"({_EXPERT}).*{_BIAS}", layouts.expert_bias, "vector"),
+        _default("experts", _EXPERT, layouts.expert, "hidden"),
+        _default("fused", layouts.FUSED, layouts.fused_projections, "hidden"),
+        _default("gates", layouts.GATES, layouts.fused_gates, "hidden"),
+        _default("einsum", _EINSUM_IN, layouts.einsum_in, "hidden"),
+        _default("einsum", _EINSUM_OUT, layouts.einsum_out, "hidden"),
+        _default("einsum", _EINSUM_GATES, layouts.einsum_gates, "hidden"),
+        _default("latent heads", _LATENT, layouts.first_axis_in, "hidden"),
+        _default("heads", _ATTENTION_IN, layouts.attention_in, "hidden"),
+        _default("heads", _ATTENTION_OUT, layouts.attention_out, "hidden"),
+        _default("one channel", _KERNEL, layouts.one_channel, "other"),
+        _default("kernel by bias", _KERNEL, layouts.kernel, "hidden"),
+        _default("weight by bias", r"(^|/)weight$", layouts.torch_weight, "hidden"),
+        _default("convolution", layouts.CONVOLUTION, layouts.convolution, "hidden"),
+        _default("convolution", _KERNEL, layouts.pointwise, "hidden"),
+        _default("experts", _UNNAMED, layouts.routed, "hidden"),
+        _default("any matrix", _UNNAMED, layouts.matrix, "hidden"),
+        _default("any vector", r"", layouts.vector, "vector"),
+    ),
 )
+
+LORA_RULES: tuple[Rule, ...] = _NamedRules(
+    "LORA_RULES",
+    (
+        Rule(_LORA_A, layouts.lora_a, "other", name="LoRA A", per_layer=True),
+        Rule(_LORA_B, layouts.lora_b, "hidden", name="LoRA B", per_layer=True),
+        _default("base", rf"^(?!.*({_LORA_A}|{_LORA_B}))", layouts.whole, "frozen"),
+    ),
+)
+
+
+def stacked(
+    pattern: str, axis: int = 0, rules: Sequence[Rule] = DEFAULT_RULES
+) -> tuple[Rule, ...]:
+    """Rules for parameters with an axis of layers, decided as if it were not there.
+
+    For stacks made by `nn.scan`, `nnx.scan` or `vmap` whose shapes do not prove it: the
+    axis counts copies, and `rules` are asked about the shape of one layer. Stacks of
+    stacks: `stacked(outer, rules=stacked(inner))`.
+
+    Args:
+      pattern: Regular expression, found anywhere in the path of the parameters that are
+        stacked, such as r"^layers/". It is an error if it matches none.
+      axis: The axis that counts layers, >= 0. MaxText and T5X scan along 1.
+      rules: What is asked about one layer.
+
+    Returns:
+      One rule for each of `rules`, to stand in front: `(*stacked(r"^layers/"),
+      *DEFAULT_RULES)`.
+
+    Raises:
+      TypeError: If an argument has a wrong type.
+      ValueError: If an argument is out of range; when the rules are used, if a
+        parameter under the pattern has no such axis.
+
+    Example:
+      >>> import jax, optaxplus as ox
+      >>> params = {"layers": {"up": jax.ShapeDtypeStruct((12, 64, 256), "float32")}}
+      >>> rules = (*ox.stacked(r"^layers/"), *ox.DEFAULT_RULES)
+      >>> ox.infer_matrix_axes(params, rules)["layers"]["up"]
+      MatrixAxes(fan_in=(1,), fan_out=(2,), splits=())
+    """
+    validation.check_int("stacked", axis=axis, minimum=0)
+    return tuple(
+        Rule(pattern, InStack(rule, axis), rule.role)
+        for rule in check_rules("stacked", rules)
+    )

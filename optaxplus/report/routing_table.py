@@ -1,19 +1,22 @@
 """Which parameter goes where, and why: the table that lets a user trust the split."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from optaxplus.custom_types import PyTree
 from optaxplus.numerics.matrix_axes import MatrixAxes
 from optaxplus.partition.inference import Decision, decide, label_of_role
+from optaxplus.partition.layouts import FUSED
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
 from optaxplus.report.tables import format_table
 
 __all__ = ["RoutingRow", "RoutingTable", "explain_routing"]
 
-_LONGEST_PATTERN = 32
+_LONGEST_RULE = 40
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,10 @@ class RoutingRow:
       dtype: Name of its dtype.
       role: What it is.
       label: Which group of the optimizer takes it.
-      matrix: Its matrix view, "batch x (fan_in -> fan_out)".
-      rule: Pattern of the rule that decided.
+      axes: Its matrix axes, non-negative.
+      rule: The rule that decided: its name, or its pattern; "in a stack" where the
+        shapes prove that an axis counts layers.
+      overruled: Rules of your own behind it that say otherwise.
     """
 
     path: str
@@ -35,8 +40,37 @@ class RoutingRow:
     dtype: str
     role: str
     label: str
-    matrix: str
+    axes: MatrixAxes
     rule: str
+    overruled: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of scalar parameters."""
+        return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> str:
+        """The matrix view, "batch x (fan_in -> fan_out)"; of vectors, their length."""
+        rows = math.prod(self.shape[axis] for axis in self.axes.fan_in)
+        columns = math.prod(self.shape[axis] for axis in self.axes.fan_out)
+        batch = self.size // max(rows * columns, 1)
+        block = _join(self.axes.splits) if self.axes.splits else f"{columns}"
+        if self.axes.is_matrix:
+            block = f"({rows} -> {block})"
+        elif not self.axes.splits:
+            block = f"{rows * columns}"
+        return block if batch == 1 else f"{batch} x {block}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data, for JSON."""
+        return {
+            **vars(self),
+            "shape": list(self.shape),
+            "axes": {name: list(value) for name, value in vars(self.axes).items()},
+            "matrix": self.matrix,
+            "overruled": list(self.overruled),
+        }
 
 
 @dataclass(frozen=True)
@@ -53,35 +87,48 @@ class RoutingTable:
         """Number of scalar parameters under each label."""
         totals: dict[str, int] = {}
         for row in self.rows:
-            totals[row.label] = totals.get(row.label, 0) + math.prod(row.shape)
+            totals[row.label] = totals.get(row.label, 0) + row.size
         return totals
 
     def to_dict(self) -> dict[str, Any]:
-        """Rows and totals as plain data."""
+        """Rows, one for every parameter, and totals as plain data, for JSON."""
         return {
-            "parameters": [vars(row) | {"shape": list(row.shape)} for row in self.rows],
+            "parameters": [row.to_dict() for row in self.rows],
             "parameters_by_label": self.parameters_by_label(),
         }
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "dtype", "role", "label", "matrix", "rule")
-        rows = [
-            (
-                row.path,
-                str(row.shape),
-                row.dtype,
-                row.role,
-                row.label,
-                row.matrix,
-                _shorten(row.rule),
-            )
-            for row in self.rows
+        lines = [
+            format_table(
+                header,
+                [
+                    (
+                        row.path,
+                        str(row.shape),
+                        row.dtype,
+                        row.role,
+                        row.label,
+                        row.matrix,
+                        _shorten(row.rule),
+                    )
+                    for row in _folded(self.rows)
+                ],
+            ),
+            ", ".join(
+                f"{label}: {count:,} parameters"
+                for label, count in sorted(self.parameters_by_label().items())
+            ),
         ]
-        totals = ", ".join(
-            f"{label}: {count:,} parameters"
-            for label, count in sorted(self.parameters_by_label().items())
-        )
-        return f"{format_table(header, rows)}\n{totals}"
+        for row in _folded(self.rows):
+            for rule in row.overruled:
+                lines.append(f"{row.path}: overruled, because it stands behind: {rule}")
+            if _looks_fused(row):
+                lines.append(
+                    f"{row.path}: one matrix, though its name says that several are "
+                    "stored side by side; give it a rule with `splits`."
+                )
+        return "\n".join(lines)
 
 
 def explain_routing(
@@ -92,7 +139,10 @@ def explain_routing(
     """Says of every parameter where it goes, as which matrix, and which rule decided.
 
     Print it once before training: a weight matrix that goes to the wrong optimizer, or
-    is orthogonalized along the wrong axes, fails silently.
+    is orthogonalized along the wrong axes, fails silently. Parameters that differ only
+    in the numbers in their paths share a line: "block_{0-11}/mlp/up/kernel". Under the
+    table stand the totals, rules of your own that another one overruled, and fused
+    projections that nothing splits.
 
     Args:
       params: Tree of arrays or `jax.ShapeDtypeStruct`s.
@@ -100,8 +150,8 @@ def explain_routing(
       labels: As in `optaxplus.label_params`.
 
     Returns:
-      A `RoutingTable`: `str()` prints one line per parameter with totals, `rows` and
-      `to_dict()` are the data.
+      A `RoutingTable`: `str()` is the printed form, `rows` (one for every parameter,
+      not folded) and `to_dict()` are the data.
 
     Raises:
       ValueError: As in `optaxplus.infer_matrix_axes`.
@@ -111,9 +161,9 @@ def explain_routing(
       >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
       >>> print(ox.explain_routing(params))
       parameter     shape   dtype    role    label  matrix    rule
-      ------------  ------  -------  ------  -----  --------  -------------------
-      dense/bias    (8,)    float32  vector  adamw  8         (^|/)(bias|b|beta)$
-      dense/kernel  (4, 8)  float32  hidden  muon   (4 -> 8)  (any)
+      ------------  ------  -------  ------  -----  --------  ----------
+      dense/bias    (8,)    float32  vector  adamw  8         bias
+      dense/kernel  (4, 8)  float32  hidden  muon   (4 -> 8)  any matrix
       adamw: 8 parameters, muon: 32 parameters
     """
     decisions = decide("explain_routing", params, rules)
@@ -121,34 +171,73 @@ def explain_routing(
 
 
 def _row(decision: Decision, labels: Mapping[str, str] | None) -> RoutingRow:
+    rule = decision.rule.describe()
+    if decision.layers and decision.rule.per_layer:
+        rule += " in a stack"
     return RoutingRow(
         path=decision.path,
         shape=decision.shape,
         dtype=str(decision.dtype),
         role=decision.role,
         label=label_of_role(decision.role, labels),
-        matrix=_matrix_view(decision.shape, decision.axes),
-        rule=decision.rule.pattern,
+        axes=decision.axes,
+        rule=rule,
+        overruled=tuple(rule.describe() for rule in decision.overruled),
     )
 
 
-def _matrix_view(shape: tuple[int, ...], axes: MatrixAxes) -> str:
-    """As in "3 x (64 -> 128)": how many, and from which fan-in to which fan-out."""
-    rows = math.prod(shape[axis] for axis in axes.fan_in)
-    columns = math.prod(shape[axis] for axis in axes.fan_out)
-    batch = math.prod(shape) // max(rows * columns, 1)
-    if not axes.is_matrix:
-        block = f"{rows * columns}"
-    elif axes.splits:
-        block = f"({rows} -> {' | '.join(map(str, axes.splits))})"
-    else:
-        block = f"({rows} -> {columns})"
-    return block if batch == 1 else f"{batch} x {block}"
+def _join(splits: Sequence[int]) -> str:
+    """Splits as "8 | 8 | 8", or "32 of 64" where that is shorter."""
+    if len(splits) > 4 and len(set(splits)) == 1:
+        return f"{len(splits)} of {splits[0]}"
+    return " | ".join(map(str, splits))
 
 
-def _shorten(pattern: str) -> str:
-    if not pattern:
-        return "(any)"
-    if len(pattern) <= _LONGEST_PATTERN:
-        return pattern
-    return pattern[: _LONGEST_PATTERN - 1] + "…"
+def _looks_fused(row: RoutingRow) -> bool:
+    is_one = row.axes.is_matrix and not row.axes.splits and len(row.shape) == 2
+    return row.role == "hidden" and is_one and bool(re.search(FUSED, row.path))
+
+
+def _shorten(rule: str) -> str:
+    return rule if len(rule) <= _LONGEST_RULE else rule[: _LONGEST_RULE - 1] + "…"
+
+
+# Folding
+
+_NUMBER = re.compile(r"\d+")
+
+
+def _folded(rows: Iterable[RoutingRow]) -> list[RoutingRow]:
+    """One row for all that differ only in the numbers in their paths."""
+    alike: dict[RoutingRow, list[str]] = {}
+    for row in rows:
+        alike.setdefault(replace(row, path=_NUMBER.sub("#", row.path)), []).append(
+            row.path
+        )
+    return [
+        replace(row, path=path) for row, paths in alike.items() for path in _fold(paths)
+    ]
+
+
+def _fold(paths: Sequence[str]) -> list[str]:
+    """Paths with ranges for their numbers, where they are all of the combinations."""
+    if len(paths) == 1:
+        return list(paths)
+    columns = [
+        sorted(set(map(int, column)))
+        for column in zip(*map(_NUMBER.findall, paths), strict=True)
+    ]
+    numbers = {tuple(map(int, _NUMBER.findall(path))) for path in paths}
+    if numbers != set(itertools.product(*columns)):
+        return list(paths)
+    ranges = iter(map(_range, columns))
+    return [_NUMBER.sub(lambda _: next(ranges), paths[0])]
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """Sorted numbers as "3", "{0-11}" or "{0,2,5}"."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    if numbers[-1] - numbers[0] + 1 == len(numbers):
+        return f"{{{numbers[0]}-{numbers[-1]}}}"
+    return f"{{{','.join(map(str, numbers))}}}"

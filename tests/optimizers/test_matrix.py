@@ -357,8 +357,8 @@ def test_wrong_arguments_are_refused(error, arguments, message: str):
 
 def test_wrong_parameters_are_refused_at_init():
     tx = ox.muon(0.1)
-    with pytest.raises(ValueError, match=r"'experts' of shape \(2, 3, 4\)"):
-        tx.init({"experts": jnp.ones((2, 3, 4))})
+    with pytest.raises(ValueError, match=r"muon: .*\n  'w' of shape \(2, 3, 4\)"):
+        tx.init({"w": jnp.ones((2, 3, 4))})
     with pytest.raises(TypeError, match="parameter 'w' of dtype int32 is not allowed"):
         tx.init({"w": jnp.ones((2, 3), jnp.int32)})
     with pytest.raises(TypeError, match="parameter 'w' of dtype complex64 is not"):

@@ -168,18 +168,28 @@ def test_linen_scan_without_biases_is_decided_by_its_norm():
         | module("down", DENSE, bias=False)
     )
     assert routing(params) == expected
-    # Without the norm nothing tells a stack from a convolution.
+    # Heads that fit together with an axis too many are as good.
+    del params["norm"]
+    for path in module("norm", NORM):
+        del expected[path]
+    assert routing(params) == expected
+
+
+def test_linen_scan_without_evidence_is_refused_and_stacked_by_a_rule():
+    model = scanned(Block, 5)(bias=False, attention=False)
+    params = linen_params(model, jnp.ones((2, 8, 6)), None)
     del params["norm"]
     message = (
         r"(?s)'down/kernel' of shape \(5, 7, 6\).*'up/kernel' of shape \(5, 6, 7\)"
     )
     with pytest.raises(ValueError, match=message):
         routing(params)
+    expected = stacked(
+        module("up", DENSE, bias=False) | module("down", DENSE, bias=False)
+    )
     mine = Rule(r"(up|down)/kernel$", MatrixAxes((-2,), (-1,)), "hidden")
-    norms = module("norm", NORM)
-    assert routing(params, (mine, *DEFAULT_RULES)) == {
-        path: row for path, row in expected.items() if path not in norms
-    }
+    assert routing(params, (mine, *DEFAULT_RULES)) == expected
+    assert routing(params, (*ox.stacked("(up|down)/"), *DEFAULT_RULES)) == expected
 
 
 class Projections(nn.Module):
@@ -203,8 +213,14 @@ def test_convolutions_without_biases_beside_norms():
     assert routing(abstract(shapes))["Conv_0/kernel"] == ("hidden", (0, 1, 2), (3,))
     shapes = {"Conv_0/kernel": (5, 3, 4, 8), "BatchNorm_0/scale": (5, 8)}
     assert routing(abstract(shapes))["Conv_0/kernel"] == ("hidden", (1, 2), (3,))
-    with pytest.raises(ValueError, match="'Conv_0/kernel' of shape"):
-        routing(abstract({"Conv_0/kernel": (5, 3, 3, 4, 8)}))
+    # Alone: a window of one axis, a square one, or one that may be an axis of layers.
+    for window in ((3,), (5,), (3, 3), (3, 3, 3)):
+        row = routing(abstract({"Conv_0/kernel": (*window, 4, 8)}))["Conv_0/kernel"]
+        rank = len(window)
+        assert row == ("hidden", tuple(range(rank + 1)), (rank + 1,))
+    for shape in ((5, 3, 4, 8), (5, 3, 3, 4, 8)):
+        with pytest.raises(ValueError, match="'Conv_0/kernel' of shape"):
+            routing(abstract({"Conv_0/kernel": shape}))
 
 
 def test_stacked_heads_and_norms_keep_their_role():
@@ -216,12 +232,18 @@ def test_stacked_heads_and_norms_keep_their_role():
     }
 
 
-def test_as_many_layers_as_a_head_is_wide_is_refused_not_guessed():
+def test_as_many_layers_as_a_head_is_wide():
     # Three layers of heads of size three: the bias (3, 6) of `out` may be a stack of
-    # biases (6,) or one bias of the last two axes.
+    # biases (6,) or one bias of the last two axes; the norm of the block decides.
     params = linen_params(scanned(Block, 3)(), jnp.ones((2, 8, 6)), None)
-    with pytest.raises(ValueError, match=r"'attention/out/bias' of shape \(3, 6\)"):
-        routing(params)
+    assert routing(params) == stacked(
+        module("norm", NORM)
+        | attention("attention")
+        | module("up", DENSE)
+        | module("down", DENSE)
+    )
+    with pytest.raises(ValueError, match=r"'out/bias' of shape \(3, 6\)"):
+        routing({"out": params["attention"]["out"]})
 
 
 def test_example_gpt():
@@ -262,7 +284,6 @@ class NnxLayers(nnx.Module):
         self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs)])
         self.value = nnx.Linear(3, 4, rngs=rngs)
         self.lstm = nnx.LSTMCell(6, 5, rngs=rngs)
-        self.gru = nnx.GRUCell(6, 5, rngs=rngs)
         self.lm_head = nnx.Linear(6, 11, use_bias=False, rngs=rngs)
 
 
@@ -281,8 +302,6 @@ NNX_LAYERS = (
     | module("batch_norm", NORM)
     | module("layers/0", DENSE)
     | module("value", DENSE)
-    | module("gru/dense_i", DENSE)
-    | module("gru/dense_h", DENSE, bias=False)
     | module("lm_head", HEAD, bias=False)
 )
 for _gate in ("hi", "hf", "hg", "ho"):

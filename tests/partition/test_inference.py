@@ -57,6 +57,12 @@ def test_paths_are_the_names_on_the_way():
     assert set(routing(tree)) == {"a/0/inner_state/w", "a/1", "b/0"}
 
 
+def test_two_parameters_of_one_path_are_refused():
+    tree = {"a/b": jnp.ones((2, 3)), "a": {"b": jnp.ones((2, 3))}}
+    with pytest.raises(ValueError, match="two parameters have the path 'a/b'"):
+        ox.infer_roles(tree)
+
+
 # Labels
 
 
@@ -100,43 +106,87 @@ def test_label_params_is_a_callable_for_optax(combine):
 # Errors
 
 
-@pytest.mark.parametrize(
-    "infer", [ox.infer_matrix_axes, ox.infer_roles, ox.label_params]
-)
-@pytest.mark.parametrize("path", ["experts/w_in", "block.0/mlp-in/kernel", "a b/c+d"])
-def test_undecided_parameters_name_a_rule_that_works(infer, path: str):
+INFER = [ox.infer_matrix_axes, ox.infer_roles, ox.label_params]
+
+
+def suggested_rules(message: str) -> list[Rule]:
+    """The rules that an error offers, as a reader would paste them."""
+    texts = re.findall(r"^  rule = (ox\.Rule\(.*\))  # ", message, re.MULTILINE)
+    return [eval(text, {"ox": ox}) for text in texts]
+
+
+@pytest.mark.parametrize("infer", INFER)
+@pytest.mark.parametrize("path", ["mixer/w_in", "block.0/mlp-in/kernel", "a b/c+d"])
+def test_undecided_parameters_name_rules_that_work(infer, path: str):
     tree = abstract({path: (8, 6, 24), "w": (2, 3)})
     with pytest.raises(ValueError, match=f"{infer.__name__}: no rule decides") as error:
         infer(tree)
     message = str(error.value)
     assert f"{path!r} of shape (8, 6, 24)" in message
     assert "'w'" not in message
-    suggestions = re.findall(r"^  (Rule\(.*\))  #", message, flags=re.MULTILINE)
-    assert len(suggestions) == 2
-    expected = [MatrixAxes((1,), (2,)), MatrixAxes((0, 1), (2,))]
-    for suggestion, axes in zip(suggestions, expected, strict=True):
-        rule = eval(suggestion, {"Rule": Rule, "MatrixAxes": MatrixAxes})
-        decided = ox.infer_matrix_axes(tree, (rule, *DEFAULT_RULES))
-        assert axes in jax.tree.leaves(decided)
-        assert jax.tree.leaves(ox.infer_roles(tree, (rule, *DEFAULT_RULES))) == (
-            ["hidden"] * 2
-        )
+    decided = [
+        routing(tree, (rule, *DEFAULT_RULES))[path] for rule in suggested_rules(message)
+    ]
+    assert decided == [
+        ("hidden", (1,), (2,)),
+        ("hidden", (0, 1), (2,)),
+        ("hidden", (0,), (1, 2)),
+        ("embedding", (1,), (2,)),
+    ]
 
 
-def test_undecided_biases_name_a_rule_that_works():
+def test_undecided_biases_name_rules_that_work():
     tree = abstract({"m/bias": (3, 5)})
     with pytest.raises(ValueError, match="no rule decides") as error:
         ox.infer_roles(tree)
-    suggestions = re.findall(r"^  (Rule\(.*\))  #", str(error.value), re.MULTILINE)
-    decided = []
-    for suggestion in suggestions:
-        rule = eval(suggestion, {"Rule": Rule, "MatrixAxes": MatrixAxes})
-        decided.append(routing(tree, (rule, *DEFAULT_RULES))["m/bias"])
+    decided = [
+        routing(tree, (rule, *DEFAULT_RULES))["m/bias"]
+        for rule in suggested_rules(str(error.value))
+    ]
     assert decided == [
         ("vector", (), (1,)),
         ("vector", (), (0, 1)),
         ("hidden", (0,), (1,)),
     ]
+
+
+def test_undecided_weights_are_offered_the_order_of_equinox():
+    tree = abstract({"convs/0/weight": (8, 4, 3, 3), "w": (2, 3)})
+    with pytest.raises(ValueError, match="36 -> 8: Equinox's") as error:
+        ox.infer_roles(tree)
+    rule = suggested_rules(str(error.value))[0]
+    decided = routing(tree, (rule, *DEFAULT_RULES))["convs/0/weight"]
+    assert decided == ("hidden", (1, 2, 3), (0,))
+
+
+def test_one_suggestion_serves_all_that_differ_in_numbers():
+    shapes = {f"block_{i}/mixer_{j}": (4, 5, 6) for i in range(12) for j in range(2)}
+    tree = abstract(shapes | {"w": (2, 3)})
+    with pytest.raises(ValueError, match="no rule decides") as error:
+        ox.infer_roles(tree)
+    rules = suggested_rules(str(error.value))
+    assert len(rules) == 4
+    routed = routing(tree, (rules[0], *DEFAULT_RULES))
+    assert {routed[path] for path in shapes} == {("hidden", (1,), (2,))}
+
+
+def test_a_stack_without_proof_is_offered_as_a_stack():
+    shapes = {"layers/up": (4, 5, 6), "layers/deep/down": (4, 6, 5), "wte": (11, 5)}
+    with pytest.raises(ValueError, match="no rule decides") as error:
+        ox.infer_roles(abstract(shapes))
+    message = str(error.value)
+    assert "If the first axis of all 2 parameters under 'layers/', of size 4" in message
+    rules = re.search(r"^  rules=(\(\*ox\.stacked.*\))$", message, re.MULTILINE)
+    assert rules is not None
+    routed = routing(abstract(shapes), eval(rules[1], {"ox": ox}))
+    assert routed["layers/up"] == routed["layers/deep/down"] == ("hidden", (1,), (2,))
+
+
+def test_a_stack_is_not_offered_where_the_first_axes_differ():
+    shapes = {"layers/up": (4, 5, 6), "layers/down": (3, 6, 5)}
+    with pytest.raises(ValueError, match="no rule decides") as error:
+        ox.infer_roles(abstract(shapes))
+    assert "stacked" not in str(error.value)
 
 
 def test_many_undecided_parameters_are_counted():
@@ -148,7 +198,7 @@ def test_many_undecided_parameters_are_counted():
 
 def test_rules_without_a_default_leave_vectors_undecided():
     rules = (Rule("w", MatrixAxes((0,), (1,)), "hidden"),)
-    message = r"(?s)'b' of shape \(3,\).*rules=\(rule, \*DEFAULT_RULES\)"
+    message = r"(?s)'b' of shape \(3,\).*rules=\(rule, \*ox.DEFAULT_RULES\)"
     with pytest.raises(ValueError, match=message):
         ox.infer_roles(abstract({"w": (2, 3), "b": (3,)}), rules)
 

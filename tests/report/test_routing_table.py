@@ -36,7 +36,8 @@ def test_every_parameter_has_its_line():
         "qkv": ("muon", "(8 -> 8 | 8 | 8)"),
         "wte/embedding": ("adamw", "(16 -> 8)"),
     }
-    assert rows["qkv"].rule == r"^qkv$"
+    assert rows["qkv"].rule == "'^qkv$'"
+    assert rows["blocks/kernel"].rule == "any matrix in a stack"
     assert rows["qkv"].dtype == "float32"
     assert rows["wte/embedding"].role == "embedding"
 
@@ -67,4 +68,4 @@ def test_other_labels_and_empty_trees():
 
 def test_undecided_is_an_error_under_its_own_name():
     with pytest.raises(ValueError, match="explain_routing: no rule decides"):
-        ox.explain_routing({"experts": jnp.ones((2, 3, 4))})
+        ox.explain_routing({"mixer": jnp.ones((2, 3, 4))})

@@ -294,7 +294,12 @@ def test_experts_are_never_mixed():
     # optax factors the two largest axes, here experts and features.
     grads = grads_of((8, 2, 9))
     with pytest.raises(ValueError, match="no rule decides"):
-        factored().init({"experts": grads[0]})
+        factored().init({"mixers": grads[0]})
+    state = factored().init({"experts": grads[0]})
+    assert [x.shape for x in jax.tree.leaves(state) if x.size > 1] == [
+        (8, 2, 1),
+        (8, 1, 9),
+    ]
     updates = run(factored(axes=STACK), grads)
     changed = run(factored(axes=STACK), grads.at[:, 0].multiply(1e6))
     np.testing.assert_array_equal(updates[:, 1:], changed[:, 1:])

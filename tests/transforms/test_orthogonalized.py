@@ -389,5 +389,5 @@ def test_traced_coefficients_name_the_remedy():
 
 
 def test_an_undecided_leaf_names_the_argument_that_there_is():
-    with pytest.raises(ValueError, match=r"axes=optaxplus.infer_matrix_axes\(params"):
+    with pytest.raises(ValueError, match=r"axes=ox.infer_matrix_axes\(params"):
         ox.orthogonalize_via_newton_schulz().init({"w": jnp.ones((2, 3, 4))})

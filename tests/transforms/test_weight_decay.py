@@ -305,7 +305,7 @@ def test_a_mask_taken_for_a_schedule_says_so():
 
 
 def test_undecided_parameters_of_a_mask_name_the_remedy():
-    with pytest.raises(ValueError, match=r"functools\.partial\(optaxplus\.decay_mask"):
+    with pytest.raises(ValueError, match=r"functools\.partial\(ox\.decay_mask"):
         ox.adamw(0.1, mask=ox.decay_mask).init({"w": jnp.ones((2, 3, 4))})
 
 

@@ -1,0 +1,249 @@
+"""Which axes of the parameters count layers, as far as their shapes prove it.
+
+`nn.scan`, `nnx.scan` and `vmap` give every parameter of a block one more axis. No path
+says so, but the shapes do: all parameters of the block have that axis in common, and
+some of them make no sense with it, such as a norm's scale of two axes, or a kernel
+(3, 8, 16) beside a bias (3, 16). Both together are a proof; either alone is none.
+"""
+
+import re
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+
+from optaxplus.numerics.matrix_axes import MatrixAxes, resolve_axes
+
+__all__ = [
+    "Shape",
+    "Siblings",
+    "fits_as_heads",
+    "layer_axes",
+    "layer_shape",
+    "lora_partner",
+    "readings_by_bias",
+    "siblings_of",
+    "with_layer_axes",
+]
+
+Shape = tuple[int, ...]
+Siblings = Mapping[str, Shape]
+
+
+# Views
+
+
+def layer_shape(shape: Shape, layers: Sequence[int]) -> Shape:
+    """The shape of a parameter in one layer: without the axes that count layers."""
+    return tuple(size for axis, size in enumerate(shape) if axis not in layers)
+
+
+def with_layer_axes(
+    axes: MatrixAxes, shape: Shape, layers: Sequence[int]
+) -> MatrixAxes:
+    """The axes of `shape` that `axes` name in one layer of it.
+
+    Raises:
+      ValueError: If `axes` does not fit the shape of one layer.
+    """
+    axes = resolve_axes(axes, layer_shape(shape, layers))
+    kept = [axis for axis in range(len(shape)) if axis not in layers]
+    return MatrixAxes(
+        tuple(kept[axis] for axis in axes.fan_in),
+        tuple(kept[axis] for axis in axes.fan_out),
+        axes.splits,
+    )
+
+
+def siblings_of(shapes: Mapping[str, Shape]) -> dict[str, Siblings]:
+    """For every module, the shapes in it by name and below its parent by "../path"."""
+    inside: dict[str, dict[str, Shape]] = {}
+    below: dict[str, dict[str, Shape]] = {}
+    for path, shape in shapes.items():
+        module, _, name = path.rpartition("/")
+        inside.setdefault(module, {})[name] = shape
+        below.setdefault(module, {})[f"../{name}"] = shape
+        while module:
+            module = module.rpartition("/")[0]
+            relative = path.removeprefix(f"{module}/") if module else path
+            below.setdefault(module, {})[f"../{relative}"] = shape
+    return {
+        module: ChainMap(names, below[module.rpartition("/")[0]] if module else {})
+        for module, names in inside.items()
+    }
+
+
+# What the parameters of one module say of each other
+
+_BIAS_OF = {"kernel": "bias", "weight": "bias", "w": "b"}
+_ATTENTION = (
+    ("query", "value", "out"),
+    ("q_proj", "v_proj", "o_proj"),
+    ("q_proj", "v_proj", "out_proj"),
+    ("q", "v", "o"),
+    ("wq", "wv", "wo"),
+    ("qkv", "qkv", "out"),
+    ("qkv", "qkv", "proj"),
+    ("qkv_proj", "qkv_proj", "out"),
+    ("qkv_proj", "qkv_proj", "out_proj"),
+)
+_LORA = re.compile(
+    r"(?P<stem>(\w*_)?lora(_kernel)?[_/])(?P<factor>[abAB])(?P<rest>([./]\w+)?)$"
+)
+_PARTNER = {"a": "b", "b": "a", "A": "B", "B": "A"}
+
+
+def readings_by_bias(kernel: Shape, bias: Shape) -> set[int]:
+    """How many leading axes of a kernel (*in, *out) may count layers, by its bias.
+
+    A layer's bias has the shape of the last axes of its kernel (one for a Dense or a
+    convolution, two for attention heads), and a stack puts the same axis in front of
+    both. Two numbers where the shapes allow both readings, none if neither.
+    """
+
+    def is_layer(kernel: Shape, bias: Shape) -> bool:
+        return len(bias) < len(kernel) and kernel[len(kernel) - len(bias) :] == bias
+
+    readings = {0} if is_layer(kernel, bias) else set()
+    if len(bias) >= 2 and bias[0] == kernel[0] and is_layer(kernel[1:], bias[1:]):
+        readings.add(1)
+    return readings
+
+
+def fits_as_heads(path: str, siblings: Siblings) -> bool:
+    """Whether the projections of an attention block fit together as heads.
+
+    (features, heads, head_dim) and (heads, head_dim, features) share heads and
+    head_dim; two stacks of layers share their first axis. False where both readings
+    are possible.
+    """
+    name = path.rpartition("/")[2]
+    for projections in _ATTENTION:
+        query, value, out = (
+            siblings.get(f"../{projection}/{name}", siblings.get(projection, ()))
+            for projection in projections
+        )
+        value = value or query
+        if min(len(query), len(value), len(out)) >= 3:
+            fits_heads = query[-2] == out[-3] and value[-1] == out[-2]
+            fits_layers = len(out) == 3 and query[0] == out[0]
+            return fits_heads and not fits_layers
+    return False
+
+
+def lora_partner(path: str, siblings: Siblings) -> Shape:
+    """The shape of B beside the factor A of a low-rank update, or of A beside B."""
+    match = _LORA.search(path)
+    if match is None:
+        return ()
+    partner = match["stem"] + _PARTNER[match["factor"]] + match["rest"]
+    name = partner.rpartition("/")[2]
+    return siblings.get(f"../{partner}", siblings.get(name, ()))
+
+
+# The proof
+
+
+def layer_axes(shapes: Mapping[str, Shape]) -> dict[str, tuple[int, ...]]:
+    """For every parameter, the axes that count layers, as far as the shapes prove it.
+
+    A module is a stack where all parameters below it have the first axis in common (or
+    the second: T5X and MaxText scan along it), some of them have an axis too many for
+    one layer, and none has too few without it. Outer modules are looked at first.
+
+    Args:
+      shapes: Shape of every parameter by its "/"-joined path.
+
+    Returns:
+      For every path the axes of its shape that count layers; () where nothing is
+      proven.
+    """
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(shapes, ())
+
+    def visit(module: str, paths: Sequence[str]) -> None:
+        layer = {path: layer_shape(shapes[path], found[path]) for path in paths}
+        while (axis := _common_layer_axis(layer)) is not None:
+            for path in paths:
+                kept = [a for a in range(len(shapes[path])) if a not in found[path]]
+                found[path] += (kept[axis],)
+                layer[path] = layer_shape(layer[path], (axis,))
+        children: dict[str, list[str]] = {}
+        for path in paths:
+            head, is_module, _ = path[len(module) :].partition("/")
+            if is_module:
+                children.setdefault(f"{module}{head}/", []).append(path)
+        for child, below in children.items():
+            visit(child, below)
+
+    visit("", list(shapes))
+    return found
+
+
+def _common_layer_axis(shapes: Mapping[str, Shape]) -> int | None:
+    """The axis, 0 or 1, that counts layers in all of `shapes`; None without proof."""
+    excess = _excess_axes(shapes)
+    if not excess:
+        return None
+    left = {}
+    # Equinox and PyTorch, whose weights are called so, stack along the first axis.
+    is_torch = any(path.endswith("weight") for path in shapes)
+    for axis in (0,) if is_torch else (0, 1):
+        if len({shape[axis : axis + 1] for shape in shapes.values()} - {()}) == 1:
+            layer = {path: layer_shape(shapes[path], (axis,)) for path in shapes}
+            if all(len(s) > axis for s in shapes.values()) and _is_possible(layer):
+                left[axis] = _excess_axes(layer)
+    if len(left) == 2 and left[0] == left[1]:
+        # Both axes are the same in all of them: layers of layers, or vectors alone
+        # (whose features are the last axis), or undecided.
+        inner = {path: layer_shape(shapes[path], (0, 1)) for path in shapes}
+        nested = _is_possible(inner) and _excess_axes(inner) < left[0]
+        vectors = all(len(shape) == 2 for shape in shapes.values())
+        return 0 if nested or vectors else None
+    axis = min(left, key=left.__getitem__, default=None)
+    return axis if axis is not None and left[axis] < excess else None
+
+
+def _excess_axes(shapes: Mapping[str, Shape]) -> int:
+    """How many axes the parameters have too many to be those of one layer."""
+    modules = siblings_of(shapes)
+    count = 0
+    for path, shape in shapes.items():
+        module, _, name = path.rpartition("/")
+        beside = modules[module]
+        bias = beside.get(_BIAS_OF[name]) if name in _BIAS_OF else None
+        partner = lora_partner(path, beside)
+        if _is_norm(path, beside):
+            count += max(len(shape) - 1, 0)
+        elif bias is not None and not _fits_bias(name, shape, bias):
+            count += 1
+        elif re.search(r"(^|/)(query|q_proj|q|wq)(/\w+)?$", path):
+            count += max(len(shape) - 3, 0) if fits_as_heads(path, beside) else 0
+        elif re.search(r"[_/][aA]([./]\w+)?$", path) and partner:
+            count += shape[-1:] != partner[:1]
+    return count
+
+
+def _is_norm(path: str, beside: Siblings) -> bool:
+    """Whether the parameter is the scale of a norm: one axis in a layer."""
+    name = path.rpartition("/")[2]
+    if name == "weight":
+        return beside.get("bias") == beside["weight"]
+    if re.fullmatch(r"scale|gain|gamma", name):
+        return not {"kernel", "weight", "w"} & beside.keys()
+    return bool(re.fullmatch(r"\w*norm(_?\d+)?|ln(_?\w+)?", name))
+
+
+def _fits_bias(name: str, weight: Shape, bias: Shape) -> bool:
+    """Whether a weight and its bias are those of one layer, in either convention."""
+    if 0 in readings_by_bias(weight, bias):
+        return True
+    # Equinox and PyTorch store (out, in, *window); a bias is (out,) or (out, 1, ...).
+    first = bias[:1] == weight[:1] and all(size == 1 for size in bias[1:])
+    return name != "kernel" and first and len(bias) < len(weight)
+
+
+def _is_possible(shapes: Mapping[str, Shape]) -> bool:
+    """Whether no parameter has too few axes for what its name says."""
+    least = {"kernel": 2, "embedding": 2, "bias": 1, "b": 1}
+    return all(
+        len(shape) >= least.get(path.rpartition("/")[2], 0)
+        for path, shape in shapes.items()
+    )
