@@ -228,7 +228,8 @@ def _fold(paths: Sequence[str]) -> list[str]:
         for column in zip(*map(_NUMBER.findall, paths), strict=True)
     ]
     numbers = {tuple(map(int, _NUMBER.findall(path))) for path in paths}
-    if numbers != set(itertools.product(*columns)):
+    # Fewer numbers than paths: "1" and "01".
+    if len(numbers) < len(paths) or numbers != set(itertools.product(*columns)):
         return list(paths)
     ranges = iter(map(_range, columns))
     return [_NUMBER.sub(lambda _: next(ranges), paths[0])]

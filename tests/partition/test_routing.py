@@ -104,6 +104,16 @@ def test_abstract_parameters():
     assert_same_types(state, jax.eval_shape(lambda: tx.init(PARAMS)))
 
 
+def test_errors_carry_the_name_of_the_optimizer():
+    tree = abstract({"e": (2, 3, 4)})
+    for name in ("muon", "adam_mini", "mars"):
+        with pytest.raises(ValueError, match=f"^{name}: no rule decides"):
+            getattr(ox, name)(0.1).init(tree)
+    tx = ox.route(lambda *_: optax.identity(), name="mine")
+    with pytest.raises(ValueError, match=r"^mine: no rule decides"):
+        tx.init(tree)
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
@@ -350,18 +360,33 @@ def test_nnx_optimizer():
     assert losses[-1] < losses[0]
 
 
-def test_nnx_labels_reach_optax_partition():
+LABELLED = {"muon": optax.set_to_zero(), "adamw": optax.sgd(1.0)}
+
+
+@pytest.mark.parametrize("combine", [optax.partition, optax.multi_transform])
+def test_nnx_labels_reach_optax(combine):
     model = Nnx(nnx.Rngs(0))
     before = nnx.as_pure(nnx.state(model, nnx.Param))
     before = jax.tree.map(jnp.copy, before)
-    tx = optax.partition(
-        {"muon": optax.set_to_zero(), "adamw": optax.sgd(1.0)}, ox.label_params
-    )
+    tx = combine(LABELLED, ox.label_params)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     optimizer.update(model, nnx.grad(nnx_loss)(model))
     after = nnx.as_pure(nnx.state(model, nnx.Param))
     np.testing.assert_array_equal(after["up"]["kernel"], before["up"]["kernel"])
     assert np.abs(after["lm_head"]["kernel"] - before["lm_head"]["kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("combine", [optax.partition, optax.multi_transform])
+@pytest.mark.parametrize("as_tree", [False, True])
+def test_train_state_takes_labels(combine, as_tree: bool):
+    model = Linen()
+    params = model.init(jax.random.key(0), TOKENS)["params"]
+    labels = ox.label_params(params) if as_tree else ox.label_params
+    tx = combine(LABELLED, labels)
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    after = state.apply_gradients(grads=jax.grad(linen_loss(model))(params)).params
+    np.testing.assert_array_equal(after["up"]["kernel"], params["up"]["kernel"])
+    assert np.abs(after["lm_head"]["kernel"] - params["lm_head"]["kernel"]).max() > 1e-3
 
 
 def test_rules_are_checked_at_construction():

@@ -1,5 +1,7 @@
 """The table that lets a user trust the split."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -69,3 +71,94 @@ def test_other_labels_and_empty_trees():
 def test_undecided_is_an_error_under_its_own_name():
     with pytest.raises(ValueError, match="explain_routing: no rule decides"):
         ox.explain_routing({"mixer": jnp.ones((2, 3, 4))})
+
+
+# Folding
+
+LAYERS = {f"block_{i}": {"up": jnp.ones((4, 8)), "b": jnp.ones(8)} for i in range(11)}
+
+
+def folded(tree, rules=ox.DEFAULT_RULES):
+    """The paths of the printed table."""
+    lines = str(ox.explain_routing(tree, rules)).splitlines()[2:]
+    return [line.split("  ")[0] for line in lines if "parameters" not in line]
+
+
+def test_identical_layers_share_a_line():
+    table = ox.explain_routing(LAYERS)
+    assert folded(LAYERS) == ["block_{0-10}/b", "block_{0-10}/up"]
+    assert len(table.rows) == len(table.to_dict()["parameters"]) == 22
+    assert str(table).splitlines()[-1] == "adamw: 88 parameters, muon: 352 parameters"
+
+
+def test_gaps_and_several_numbers():
+    one = jnp.ones((4, 8))
+    assert folded({f"h{i}": one for i in (0, 2, 5)}) == ["h{0,2,5}"]
+    grid = {f"h{i}": {f"w{j}": one for j in range(2)} for i in range(3)}
+    assert folded(grid) == ["h{0-2}/w{0-1}"]
+    del grid["h1"]["w0"]  # no longer all combinations
+    assert folded(grid) == ["h0/w0", "h0/w1", "h1/w1", "h2/w0", "h2/w1"]
+
+
+def test_numbers_written_in_two_ways_stay_apart():
+    tree = {"h1": jnp.ones((4, 8)), "h01": jnp.ones((4, 8))}
+    assert folded(tree) == ["h01", "h1"]
+
+
+def test_layers_that_differ_do_not_share_a_line():
+    tree = {"h0": jnp.ones((4, 8)), "h1": jnp.ones((4, 9)), "h2": jnp.ones((4, 8))}
+    assert folded(tree) == ["h{0,2}", "h1"]
+    tree["h2"] = jnp.ones((4, 8), jnp.bfloat16)
+    assert folded(tree) == ["h0", "h1", "h2"]
+    rules = (ox.Rule("h0", ox.MatrixAxes((0,), (1,)), "frozen"), *ox.DEFAULT_RULES)
+    assert folded(tree, rules) == ["h0", "h1", "h2"]
+
+
+# Notes under the table
+
+
+def test_overruled_rules_are_shown():
+    first = ox.Rule("up$", ox.MatrixAxes((0,), (1,)), "frozen")
+    second = ox.Rule("block_[01]/", ox.MatrixAxes((0,), (1,)), "hidden", required=True)
+    same = ox.Rule("up$", ox.MatrixAxes((-2,), (-1,)), "frozen", name="the same")
+    tree = {f"block_{i}": {"up": jnp.ones((4, 8))} for i in range(2)}
+    table = ox.explain_routing(tree, (first, second, same, *ox.DEFAULT_RULES))
+    assert [row.overruled for row in table.rows] == [("'block_[01]/'",)] * 2
+    assert str(table).splitlines()[-1] == (
+        "block_{0-1}/up: overruled, because it stands behind: 'block_[01]/'"
+    )
+    # A default rule that decided first is shown like any other.
+    behind = ox.explain_routing(tree, (*ox.DEFAULT_RULES, first))
+    assert [row.overruled for row in behind.rows] == [("'up$'",)] * 2
+
+
+def test_the_default_rules_are_there_to_be_overruled():
+    rules = (ox.Rule("up$", ox.MatrixAxes((0,), (1,)), "frozen"), *ox.DEFAULT_RULES)
+    tree = {"layers": {"up": jnp.ones((4, 8))}}
+    assert ox.explain_routing(tree, rules).rows[0].overruled == ()
+    stacked = (rules[0], *ox.stacked("^layers/"), *ox.DEFAULT_RULES)
+    assert ox.explain_routing(tree, stacked).rows[0].overruled == ()
+
+
+def test_fused_projections_as_one_matrix_are_pointed_out():
+    tree = {"query_key_value": {"kernel": jnp.ones((8, 24))}}
+    note = "query_key_value/kernel: one matrix, though its name says that several"
+    assert str(ox.explain_routing(tree)).splitlines()[-1].startswith(note)
+    rule = ox.Rule("kernel$", ox.MatrixAxes((0,), (1,), splits=(8, 8, 8)), "hidden")
+    assert "one matrix" not in str(ox.explain_routing(tree, (rule,)))
+
+
+def test_data_is_json():
+    data = json.loads(json.dumps(ox.explain_routing(PARAMS, RULES).to_dict()))
+    (row,) = [row for row in data["parameters"] if row["path"] == "blocks/kernel"]
+    assert row == {
+        "path": "blocks/kernel",
+        "shape": [3, 8, 32],
+        "dtype": "float32",
+        "role": "hidden",
+        "label": "muon",
+        "axes": {"fan_in": [1], "fan_out": [2], "splits": []},
+        "matrix": "3 x (8 -> 32)",
+        "rule": "any matrix in a stack",
+        "overruled": [],
+    }
