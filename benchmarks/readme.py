@@ -106,6 +106,32 @@ def main_job() -> str:
     return "\n".join(lines)
 
 
+def finetune() -> str:
+    """What the fine-tuning example prints at the end, from its committed results."""
+    results = json.loads((RESULTS / "finetune_lora.json").read_text("utf-8"))
+    lines = [
+        "| method | trained parameters | bytes of state | loss on the manual, before "
+        "and after | on the source | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, run in results["runs"].items():
+        new, old = (
+            f"{curve[0][1]:.3f}, {curve[-1][1]:.3f}"
+            for curve in (run["validation"], run["other_validation"])
+        )
+        lines.append(
+            f"| {name} | {run['trained_parameters']:,} | {run['state_bytes']:,} | "
+            f"{new} | {old} | {run['seconds']:.0f} |"
+        )
+    steps = results["arguments"]["steps"]
+    lines += [
+        "",
+        f"Nats per byte on {results['device']}, seed {results['seed']}, {steps} steps, "
+        f"rank {results['rank']}. Muon on B saves memory here, not loss.",
+    ]
+    return "\n".join(lines)
+
+
 def update_time() -> str:
     """One update beside optax and PyTorch, from its committed results."""
     results = json.loads((RESULTS / "update_time.json").read_text("utf-8"))
@@ -185,6 +211,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 BLOCKS = {
     "methods": methods_table,
     "main job": main_job,
+    "finetune": finetune,
     "routing": routing,
     "update time": update_time,
 }

@@ -1,9 +1,10 @@
-"""The training text: the source code of the Python standard library, as bytes.
+"""The texts: the source code of the Python standard library and Python's manual.
 
-It is on every machine that runs Python, so the examples need no download. Tests and
-generated tables are left out, as they teach a language model little. Whole files go to
-either part, by a checksum of their path, so nothing in the validation text was seen in
-training and the split hardly changes from one Python version to the next.
+Both are on every machine that runs Python, so the examples need no download. Tests and
+generated tables are left out, as they teach a language model little. Whole files, and
+whole topics of the manual, go to either part, by a checksum of their path or name, so
+nothing in the validation text was seen in training and the split hardly changes from
+one Python version to the next.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +36,9 @@ EXCLUDED_DIRECTORIES = frozenset(
         "turtledemo",
     }
 )
-# One file in this many is for validation.
+# One file in this many is for validation; of the topics, which are few, one in these.
 VALIDATION_SHARE = 20
+TOPIC_VALIDATION_SHARE = 5
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Text:
     Attributes:
         train: (tokens,), uint8.
         validation: (tokens,), uint8, from other files than `train`.
-        files: Number of files in both parts.
+        files: Number of files, or topics, in both parts.
     """
 
     train: np.ndarray
@@ -75,6 +78,34 @@ def standard_library() -> Text:
         raise FileNotFoundError(
             f"standard_library: found no Python source to learn from in {root}"
         )
+    return joined(parts)
+
+
+def python_manual() -> Text:
+    """Reads the topics of Python's manual that `help()` shows, in a fixed order."""
+    parts: dict[bool, list[bytes]] = {False: [], True: []}
+    for name, topic in sorted(distinct_topics()):
+        is_validation = zlib.crc32(name.encode()) % TOPIC_VALIDATION_SHARE == 0
+        parts[is_validation].append(topic.encode())
+    return joined(parts)
+
+
+def distinct_topics() -> Iterator[tuple[str, str]]:
+    """Names and texts of the topics that are not a section of a longer one."""
+    # Only this text needs it, and some distributions of Python leave it out.
+    from pydoc_data.topics import topics
+
+    longer: list[set[str]] = []
+    for name, topic in sorted(topics.items(), key=lambda item: -len(item[1])):
+        # The lines under titles differ between a topic and the same as a section.
+        lines = {line for line in topic.splitlines() if " " in line}
+        if not any(lines <= other for other in longer):
+            longer.append(lines)
+            yield name, topic
+
+
+def joined(parts: dict[bool, list[bytes]]) -> Text:
+    """Makes a text of its files for training (False) and for validation (True)."""
     train, validation = (
         np.frombuffer(b"\n".join(parts[key]), np.uint8) for key in (False, True)
     )

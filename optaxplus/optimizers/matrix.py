@@ -91,7 +91,9 @@ def muon(
       shape_scale: "match_adamw": 0.2·sqrt(max(fan_in, fan_out)); "keller":
         sqrt(max(1, fan_out / fan_in)); "spectral": sqrt(fan_out / fan_in). Static.
       rules: What each parameter is, see `optaxplus.infer_matrix_axes`. A role of your
-        own is its own label and needs an entry in `fallback`. Static.
+        own is its own label and needs an entry in `fallback`; "frozen" parameters have
+        no state and do not move, as all but the factors with `optaxplus.LORA_RULES`.
+        Static.
       adamw_learning_rate: For the other parameters; None is `learning_rate`. Static if
         None.
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).

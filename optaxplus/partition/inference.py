@@ -15,8 +15,15 @@ from optaxplus import trees
 from optaxplus.custom_types import Axes, PyTree
 from optaxplus.numerics.matrix_axes import MatrixAxes, resolve_axes
 from optaxplus.partition.messages import undecided_message
-from optaxplus.partition.rules import DEFAULT_RULES, InStack, Rule, check_rules
+from optaxplus.partition.rules import (
+    DEFAULT_RULES,
+    LORA_RULES,
+    InStack,
+    Rule,
+    check_rules,
+)
 from optaxplus.partition.stacks import (
+    NO_SIBLINGS,
     Shape,
     Siblings,
     layer_axes,
@@ -64,7 +71,7 @@ def decide(
     function: str,
     params: PyTree,
     rules: Sequence[Rule] = DEFAULT_RULES,
-    remedy: str = "rules=(rule, *ox.DEFAULT_RULES)",
+    remedy: str = "rules={rules}",
 ) -> list[Decision]:
     """Applies the rules to every parameter, in the order of the tree's leaves.
 
@@ -73,18 +80,19 @@ def decide(
       params: Tree of arrays or abstract arrays. Empty nodes (None, `MaskedNode`) are
         passed over.
       rules: Ordered rules; the first that matches a parameter decides it.
-      remedy: The argument that takes the rule which the message of an error suggests.
+      remedy: The argument that takes the rules which the message of an error suggests,
+        in place of "{rules}".
 
     Raises:
       TypeError: If `rules` holds anything but rules.
       ValueError: If a parameter is undecided, the axes of a rule do not fit it, a
         required rule matches nothing, or two parameters have the same path.
     """
+    given = repr(rules) if rules in (DEFAULT_RULES, LORA_RULES) else "rules"
     rules = check_rules(function, rules)
     leaves = _by_path(function, params)
     shapes = {path: jax.numpy.shape(leaf) for path, leaf in leaves.items()}
-    is_masked = _is_masked(params)
-    view = _View(function, shapes, is_masked)
+    view = _View(function, shapes, is_masked=_is_masked(params))
     decisions, undecided = [], {}
     for path, leaf in leaves.items():
         answers = _answers(rules, path, view)
@@ -112,7 +120,9 @@ def decide(
         )
     if undecided:
         raise ValueError(
-            undecided_message(function, undecided, shapes, is_masked, remedy)
+            undecided_message(
+                function, undecided, shapes, remedy, given, is_masked=view.is_masked
+            )
         )
     if leaves:
         _check_required(function, rules, list(shapes))
@@ -141,27 +151,41 @@ def _is_masked(params: PyTree) -> bool:
 class _View:
     """The shapes that rules may look at: of the whole tree, or without a stack's axis.
 
-    In a tree of which part is masked away nothing counts as evidence.
+    The default rules know paths with dots in place of slashes, as in a flat dictionary
+    of "h.0.attn.c_attn.weight". In a tree of which part is masked away nothing counts
+    as evidence.
     """
 
-    def __init__(self, function: str, shapes: Mapping[str, Shape], is_masked: bool):
+    def __init__(self, function: str, shapes: Mapping[str, Shape], *, is_masked: bool):
         self.function = function
         self.shapes = shapes
         self.is_masked = is_masked
-        self.layers = dict.fromkeys(shapes, ()) if is_masked else layer_axes(shapes)
+        slashed = {path: path.replace(".", "/") for path in shapes}
+        is_unique = len(set(slashed.values())) == len(slashed)
+        self.slashed = slashed if is_unique else {path: path for path in shapes}
+        by_slashes = {self.slashed[path]: shape for path, shape in shapes.items()}
+        proven = {} if is_masked else layer_axes(by_slashes)
+        self.layers = {path: proven.get(self.slashed[path], ()) for path in shapes}
         self._siblings = {} if is_masked else siblings_of(shapes)
-        self._siblings_in_layer = {} if is_masked else siblings_of(self._in_layer())
+        self._siblings_in_layer = (
+            {}
+            if is_masked
+            else siblings_of(
+                {
+                    path: layer_shape(shape, proven[path])
+                    for path, shape in by_slashes.items()
+                }
+            )
+        )
         self._stacks: dict[tuple[str, int], _View] = {}
 
-    def _in_layer(self) -> dict[str, Shape]:
-        return {
-            path: layer_shape(shape, self.layers[path])
-            for path, shape in self.shapes.items()
-        }
+    def siblings(self, path: str) -> Siblings:
+        """What is beside a parameter."""
+        return self._siblings.get(path.rpartition("/")[0], NO_SIBLINGS)
 
-    def siblings(self, path: str, per_layer: bool) -> Siblings:
-        known = self._siblings_in_layer if per_layer else self._siblings
-        return known.get(path.rpartition("/")[0], {})
+    def siblings_in_layer(self, path: str) -> Siblings:
+        """What is beside a parameter, given with slashes, in one layer."""
+        return self._siblings_in_layer.get(path.rpartition("/")[0], NO_SIBLINGS)
 
     def without(self, pattern: str, axis: int) -> "_View":
         """The view of one layer of the stacks whose paths match `pattern`."""
@@ -175,27 +199,45 @@ class _View:
                             f"parameter {path!r} of shape {shape} has no axis {axis}."
                         )
                     shapes[path] = layer_shape(shape, (axis,))
-            view = _View(self.function, shapes, self.is_masked)
+            view = _View(self.function, shapes, is_masked=self.is_masked)
             self._stacks[pattern, axis] = view
         return self._stacks[pattern, axis]
+
+
+# Whatever is not among them somebody wrote for the model at hand.
+_OURS = frozenset((*DEFAULT_RULES, *LORA_RULES))
+
+
+def _is_own(rule: Rule) -> bool:
+    while isinstance(rule.axes, InStack):
+        rule = rule.axes.rule
+    return rule not in _OURS
 
 
 def _answers(
     rules: Sequence[Rule], path: str, view: _View
 ) -> Iterator[tuple[Rule, MatrixAxes]]:
-    """The first rule that decides and its axes, then one's own behind it."""
-    is_decided = False
+    """The first rule that decides and its axes, then one's own behind it.
+
+    What is declared a stack is not asked again as a whole: the default rules would take
+    its axis of layers for something else.
+    """
+    is_decided = is_in_stack = False
     for rule in rules:
-        if not is_decided or rule.is_own:
-            axes = _axes_by(rule, path, view)
-            if axes is not None:
-                is_decided = True
-                yield rule, axes
+        is_stack = isinstance(rule.axes, InStack)
+        if (is_decided or (is_in_stack and not is_stack)) and not _is_own(rule):
+            continue
+        axes = _axes_by(rule, path, view)
+        is_in_stack |= is_stack and bool(re.search(rule.pattern, path))
+        if axes is not None:
+            is_decided = True
+            yield rule, axes
 
 
 def _axes_by(rule: Rule, path: str, view: _View) -> MatrixAxes | None:
     """The axes that a rule gives a parameter, non-negative; None if it does not."""
-    if not re.search(rule.pattern, path):
+    known_as = view.slashed[path] if rule.per_layer else path
+    if not re.search(rule.pattern, known_as):
         return None
     axes, shape = rule.axes, view.shapes[path]
     layers = view.layers[path] if rule.per_layer else ()
@@ -203,8 +245,8 @@ def _axes_by(rule: Rule, path: str, view: _View) -> MatrixAxes | None:
         layers = (axes.axis,)
         axes = _axes_by(axes.rule, path, view.without(rule.pattern, axes.axis))
     elif not isinstance(axes, MatrixAxes):
-        siblings = view.siblings(path, rule.per_layer)
-        axes = axes(path, layer_shape(shape, layers), siblings)
+        beside = view.siblings_in_layer if rule.per_layer else view.siblings
+        axes = axes(known_as, layer_shape(shape, layers), beside(known_as))
     if axes is None:
         return None
     if not isinstance(axes, MatrixAxes):
@@ -331,7 +373,7 @@ def axes_of(function: str, axes: Axes, tree: PyTree) -> PyTree:
         undecided.
     """
     if axes is None:
-        remedy = "axes=ox.infer_matrix_axes(params, (rule, *ox.DEFAULT_RULES))"
+        remedy = "axes=ox.infer_matrix_axes(params, {rules})"
         decisions = decide(function, tree, DEFAULT_RULES, remedy)
         axes = trees.unflatten_like(tree, [d.axes for d in decisions])
     elif callable(axes):

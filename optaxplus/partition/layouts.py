@@ -9,18 +9,17 @@ import re
 from collections.abc import Callable
 
 from optaxplus.numerics.matrix_axes import MatrixAxes
+from optaxplus.partition import names
 from optaxplus.partition.stacks import (
     Shape,
     Siblings,
     fits_as_heads,
     lora_partner,
     readings_by_bias,
+    weight_order,
 )
 
 __all__ = [
-    "CONVOLUTION",
-    "FUSED",
-    "GATES",
     "AxesFunction",
     "attention_in",
     "attention_out",
@@ -40,11 +39,14 @@ __all__ = [
     "lora_a",
     "lora_b",
     "matrix",
+    "norm",
     "one_channel",
     "patches",
     "pointwise",
     "routed",
     "table",
+    "thin",
+    "torch_one_channel",
     "torch_weight",
     "vector",
     "whole",
@@ -78,6 +80,11 @@ def first_axis_in(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | N
     return MatrixAxes((0,), tuple(range(1, len(shape)))) if len(shape) >= 2 else None
 
 
+def thin(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
+    """(1, ..., 1, n): a vector that broadcasts."""
+    return _whole(shape) if {*shape[:-1]} == {1} else None
+
+
 def whole(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes:
     """One vector, whatever the rank."""
     return _whole(shape)
@@ -86,6 +93,12 @@ def whole(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes:
 def last_axis(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes:
     """(*copies, features): one vector each."""
     return MatrixAxes((), (-1,)) if shape else _whole(shape)
+
+
+def norm(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
+    """The scale of a norm, whose bias, if any, has its shape."""
+    beside = siblings.get("bias", siblings.get("b", shape))
+    return last_axis(path, shape, siblings) if beside == shape else None
 
 
 def _whole(shape: Shape) -> MatrixAxes:
@@ -123,29 +136,18 @@ def torch_weight(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | No
     """
     if len(shape) < 2:
         return None
-    orders = {_order(shape, siblings.get("bias"))}
-    if orders == {None}:
-        orders = {
-            _order(other, siblings.get(f"{name.removesuffix('weight')}bias"))
-            for name, other in siblings.items()
-            if name.endswith("/weight")
-        } - {None}
+    beside = siblings.get("bias")
+    own = weight_order(shape, beside)
+    orders = {own} if own else siblings.around.weight_orders
     if orders == {"out_in"}:
         return MatrixAxes(tuple(range(1, len(shape))), (0,))
-    beside = siblings.get("bias")
-    return _by_bias(shape, beside) if beside and orders == {"in_out"} else None
+    return _by_bias(shape, beside) if beside and own else None
 
 
-def _order(weight: Shape, bias: Shape | None) -> str | None:
-    """Which way round a weight is by its bias; None if none, or if both fit."""
-    if not bias or len(weight) < 2:
-        return None
-    is_first = bias[0] == weight[0] and all(size == 1 for size in bias[1:])
-    out_in = is_first and len(bias) < len(weight)
-    in_out = _by_bias(weight, bias) is not None
-    if out_in == in_out:
-        return None
-    return "out_in" if out_in else "in_out"
+def torch_one_channel(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
+    """(out, 1, *window), as `one_channel` in the order of Equinox."""
+    is_single = len(shape) >= 3 and shape[1] == 1
+    return torch_weight(path, shape, siblings) if is_single else None
 
 
 def bias(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
@@ -160,19 +162,23 @@ def bias(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
         return _whole(shape)
     if siblings.get("scale") == shape:
         return last_axis(path, shape, siblings)
-    if "kernel" not in siblings:
+    name = "w" if path.endswith("b") else "kernel"
+    if name not in siblings:
         return None
-    readings = readings_by_bias(siblings["kernel"], shape)
+    readings = readings_by_bias(siblings[name], shape)
     if len(readings) == 1:
         return MatrixAxes((), tuple(range(readings.pop(), len(shape))))
-    return _whole(shape) if fits_as_heads(f"{module}/kernel", siblings) else None
+    return _whole(shape) if fits_as_heads(f"{module}/{name}", siblings) else None
 
 
 def _fused_beside(module: str, siblings: Siblings) -> MatrixAxes | None:
     """The axes of a weight of this module that is several side by side."""
     for name in ("kernel", "weight", "w", "weight_hh"):
         path = f"{module}/{name}"
-        for pattern, function in ((FUSED, fused_projections), (GATES, fused_gates)):
+        for pattern, function in (
+            (names.FUSED, fused_projections),
+            (names.GATES, fused_gates),
+        ):
             if name in siblings and re.search(pattern, path):
                 fused = function(path, siblings[name], siblings)
                 if fused is not None:
@@ -218,11 +224,6 @@ def einsum_gates(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | No
 
 # Several matrices stored side by side
 
-# Known to be query | key | value, each as wide as the input.
-_THIRDS = r"(^|/)(c_attn|qkv|Wqkv|to_qkv)(/(kernel|weight|w))?$|(^|/)in_proj_weight$"
-FUSED = rf"{_THIRDS}|(^|/)\w*(qkv|query_key_value)\w*(/(kernel|weight|w))?$"
-GATES = r"(^|/)(dense_[ih]/kernel|weight_[ih]h|w_[ih])$"
-
 
 def fused_projections(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     """Query, key and value.
@@ -232,11 +233,13 @@ def fused_projections(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes
     public code uses so; other names and widths tell neither how many heads key and
     value have nor whether heads are interleaved, and are declined.
     """
-    if len(shape) == 2 and re.search(_THIRDS, path):
+    if len(shape) == 2 and re.search(names.FUSED_THIRDS, path):
         for fan_in, fan_out in ((0, 1), (1, 0)):
             if shape[fan_out] == 3 * shape[fan_in]:
                 return MatrixAxes((fan_in,), (fan_out,), (shape[fan_in],) * 3)
-    if len(shape) >= 3 and shape[1] == 3 != shape[2]:
+    beside = siblings.get("bias", siblings.get("b", shape[1:]))
+    is_counted = len(shape) in (3, 4) and shape[1:2] == (3,) != shape[2:3]
+    if is_counted and beside == shape[1:] and not re.search(names.CONVOLUTION, path):
         return MatrixAxes((0,), tuple(range(2, len(shape))))
     return None
 
@@ -245,71 +248,71 @@ def fused_gates(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | Non
     """The gates of an LSTM (four) or a GRU (three), side by side.
 
     The kernel of the recurrence, (hidden, gates·hidden) or its transpose, tells how
-    many there are.
+    many there are, if the kernel of the input is as wide.
     """
     name = path.rpartition("/")[2]
-    recurrent = {
-        "kernel": "../dense_h/kernel",
-        "weight_ih": "weight_hh",
-        "w_i": "w_h",
-    }.get(name, name)
+    halves = {
+        "kernel": ("../dense_i/kernel", "../dense_h/kernel"),
+        "weight_ih": ("weight_ih", "weight_hh"),
+        "weight_hh": ("weight_ih", "weight_hh"),
+        "w_i": ("w_i", "w_h"),
+        "w_h": ("w_i", "w_h"),
+    }[name]
+    first, recurrent = (siblings.get(half, ()) for half in halves)
     fan_in, fan_out = (1, 0) if name.startswith("weight") else (0, 1)
-    beside = siblings.get(recurrent, ())
-    if len(shape) != 2 or len(beside) != 2:
+    if not len(shape) == len(first) == len(recurrent) == 2:
         return None
-    hidden, width = beside[fan_in], beside[fan_out]
-    if width not in (3 * hidden, 4 * hidden) or shape[fan_out] != width:
+    hidden, width = recurrent[fan_in], recurrent[fan_out]
+    if width not in (3 * hidden, 4 * hidden) or first[fan_out] != width:
         return None
     return MatrixAxes((fan_in,), (fan_out,), (hidden,) * (width // hidden))
 
 
 # Convolutions
 
-CONVOLUTION = (
-    r"(^|/)(?!Vmap)(\w*[Cc]onv(?!Local)|stem|downsample|shortcut|depthwise)\w*"
-    r"/(kernel|w)$"
-)
-
 
 def convolution(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     """(*window, in, out): every window position and input channel is summed over.
 
-    From rank 4 on the first axis may count layers instead. It does not where the window
-    is square, or where something beside it begins with another axis.
+    From rank 4 on the first axis may count layers instead. It does not where something
+    beside the kernel begins with another axis, or where a window of two is square.
     """
-    if not 3 <= len(shape) <= 5:
+    beside = siblings.get("b" if path.endswith("/w") else "bias", shape[-1:])
+    if not 3 <= len(shape) <= 5 or beside not in (shape[-1:], shape[-2:-1]):
         return None
-    is_square = len({*shape[:-2]}) == 1
-    is_apart = any(
-        name.startswith("../") and other[:1] != shape[:1]
-        for name, other in siblings.items()
-    )
-    if len(shape) == 3 or is_square or is_apart:
+    is_square = len(shape) == 4 and shape[0] == shape[1]
+    is_apart = bool(siblings.around.first_axes - {shape[:1]})
+    if not (len(shape) == 3 or is_square or is_apart):
+        return None
+    if beside == shape[-1:]:
         return MatrixAxes(tuple(range(len(shape) - 1)), (-1,))
+    # ConvTranspose(transpose_kernel=True) keeps (*window, out, in).
+    if re.search(r"[Tt]ranspose|deconv|(^|/)up", path):
+        return MatrixAxes((*range(len(shape) - 2), len(shape) - 1), (-2,))
     return None
 
 
 def pointwise(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     """(1, ..., 1, in, out), a matrix whatever the ones count."""
-    return _IN_OUT if len(shape) >= 3 and {*shape[:-2]} == {1} else None
+    is_single = len(shape) >= 3 and {*shape[:-2]} == {1}
+    return _IN_OUT if is_single and "bias" not in siblings else None
 
 
 def one_channel(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     """(*window, 1, out): a depthwise convolution, or one that reads a grey image."""
     if len(shape) < 3 or shape[-2] != 1:
         return None
-    by_bias = kernel(path, shape, siblings)
-    if by_bias or not re.search(CONVOLUTION, path):
-        return by_bias
-    return convolution(path, shape, siblings)
+    if re.search(names.CONVOLUTION, path):
+        return kernel(path, shape, siblings) or convolution(path, shape, siblings)
+    is_window = siblings.get("bias") == shape[-1:]
+    return kernel(path, shape, siblings) if is_window else None
 
 
 def patches(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     """A dense or convolutional layer that reads patches of an image."""
     if len(shape) == 2:
         return _IN_OUT
-    by_bias = kernel(path, shape, siblings)
-    return by_bias if by_bias else convolution(path, shape, siblings)
+    return kernel(path, shape, siblings) or convolution(path, shape, siblings)
 
 
 # Experts and their routers
@@ -327,21 +330,24 @@ def expert_bias(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | Non
 
 def routed(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     """(experts, in, out), where a router to as many stands in the same block."""
+    if len(shape) != 3:
+        return None
     module = path.rpartition("/")[0].rpartition("/")[2]
-    is_routed = len(shape) == 3 and any(
-        re.fullmatch(rf"(\.\./{re.escape(module)}/)?(w_)?router(/\w+)?", name)
-        and other[1:] == shape[:1]
-        for name, other in siblings.items()
+    places = ("router", "router/kernel", "router/w", "w_router", "router/weight")
+    routers = (
+        siblings.get(f"../{module}/{place}", siblings.get(place, ()))
+        for place in places
     )
-    return _IN_OUT if is_routed else None
+    return _IN_OUT if any(other[1:] == shape[:1] for other in routers) else None
 
 
 def gate_of_experts(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """(in, experts), where kernels (experts, in, out) stand beside it."""
-    is_router = len(shape) == 2 and any(
-        len(other) == 3 and other[:2] == shape[::-1] for other in siblings.values()
-    )
-    return _IN_OUT if is_router else None
+    """(in, experts), where kernels (experts, in, out) stand beside it, or as many."""
+    if len(shape) != 2:
+        return None
+    around = siblings.around
+    is_stack = shape[::-1] in around.first_two_axes
+    return _IN_OUT if is_stack or around.experts_apart == shape[1] else None
 
 
 # Low-rank factors

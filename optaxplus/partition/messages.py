@@ -16,8 +16,10 @@ def undecided_message(
     function: str,
     undecided: Mapping[str, Shape],
     shapes: Mapping[str, Shape],
-    is_masked: bool,
     remedy: str,
+    given: str,
+    *,
+    is_masked: bool,
 ) -> str:
     """Names the parameters, and for each kind of them the rules that could decide it.
 
@@ -25,14 +27,15 @@ def undecided_message(
       function: Name of the caller.
       undecided: Shapes of the undecided parameters by path.
       shapes: Shapes of all parameters by path.
+      remedy: The argument that takes the missing rules, in place of "{rules}".
+      given: What the rules are called that did not decide.
       is_masked: Whether part of the tree is masked away.
-      remedy: The argument that takes the missing rule.
     """
     lines = [
         f"{function}: no rule decides what these parameters are:",
         *(
-            f"  {path!r} of shape {undecided[path]}"
-            for path in [*undecided][:_MOST_PATHS]
+            f"  {path!r} of shape {shape}"
+            for path, shape in [*undecided.items()][:_MOST_PATHS]
         ),
     ]
     if len(undecided) > _MOST_PATHS:
@@ -41,28 +44,35 @@ def undecided_message(
     if stack is not None:
         module, size = stack
         where = f" under {module + '/'!r}" if module else ""
+        call = f"(*ox.stacked({_stack_pattern(module)!r}), *{given})"
         lines += [
             f"If the first axis of all {len(_below(module, shapes))} parameters"
             f"{where}, of size {size}, counts layers, say so and pass",
-            f"  {remedy.replace('(rule, ', '(*' + _stacked_call(module) + ', ')}",
-            "Otherwise put a rule in front that says what the axes are.",
+            f"  {remedy.format(rules=call)}",
+            "Otherwise put rules in front that say what the axes are.",
         ]
     else:
-        lines.append("Put a rule in front that says what the axes are.")
-    lines.append(
+        lines.append("Put rules in front that say what the axes are.")
+    lines += [
         "fan_in are the axes that the forward product sums over, fan_out those of its "
-        "outputs; axes in neither count copies, each a matrix or vector of its own. "
-        "The role 'hidden' is Muon's, 'embedding', 'head' and 'other' are AdamW's."
-    )
+        "outputs; axes in neither count copies, each a matrix or vector of its own.",
+        "The role 'hidden' goes to Muon, 'embedding', 'head', 'vector' and 'other' to "
+        "AdamW, 'frozen' stays as it is.",
+    ]
     kinds = _kinds(undecided)
-    for pattern, shape in kinds[:_MOST_KINDS]:
-        lines += [
-            f"  rule = ox.Rule({pattern!r}, {axes}, {role!r})  # {meaning}"
-            for axes, role, meaning in _suggestions(pattern, shape)
-        ]
+    rules = [f"rule_{index}" for index in range(1, len(kinds[:_MOST_KINDS]) + 1)]
+    for name, (pattern, shape) in zip(rules, kinds, strict=False):
+        for index, (axes, role, meaning) in enumerate(_suggestions(pattern, shape)):
+            beginning = f"  {name} = " if index == 0 else "  # or: "
+            lines.append(
+                f"{beginning}ox.Rule({pattern!r}, {axes}, {role!r})  # {meaning}"
+            )
     if len(kinds) > _MOST_KINDS:
         lines.append(f"  and so on for {len(kinds) - _MOST_KINDS} other kinds")
-    lines.append(f"and pass {remedy}.")
+    call = f"({', '.join(rules)}, *{given})"
+    lines.append(f"and pass {remedy.format(rules=call)}.")
+    if given == "rules":
+        lines[-1] = lines[-1][:-1] + ", where `rules` are those that you pass now."
     if is_masked:
         lines.append(
             "Part of the tree is masked away, so nothing beside a parameter counts as "
@@ -125,16 +135,22 @@ def _suggestions(pattern: str, shape: Shape) -> list[tuple[str, str, str]]:
         )
     elif rank >= 4 and len({*shape[:-2]}) == 1:
         suggestions[:2] = suggestions[1::-1]  # it looks like a window
-    if rank == 3:
-        table = f"ox.MatrixAxes(({last - 1},), ({last},))"
-        suggestions.append((table, "embedding", "a table of positions or tokens"))
+    table = (f"ox.MatrixAxes(({last - 1},), ({last},))", "embedding", "a table")
+    whole = (f"ox.MatrixAxes((), {tuple(range(rank))})", "vector", "one vector")
+    if sum(size > 1 for size in shape) <= 1:
+        return [whole, *suggestions[:1]]
+    if rank == 3 and not re.search(r"kernel|weight", pattern):
+        suggestions += [table, whole]
     return suggestions
 
 
 def _common_stack(
     undecided: Mapping[str, Shape], shapes: Mapping[str, Shape]
 ) -> tuple[str, int] | None:
-    """The innermost module of several parameters, all beginning with the same axis."""
+    """The outermost module of several parameters that all begin with the same axis.
+
+    The whole tree only if no module in it is one.
+    """
     module = next(iter(undecided)).rpartition("/")[0]
     best = None
     while True:
@@ -142,7 +158,7 @@ def _common_stack(
         sizes = {shape[:1] for shape in below.values()}
         if len(sizes) > 1 or () in sizes:
             break
-        if len(below) > 1:
+        if len(below) > 1 and (module or best is None):
             best = module, next(iter(sizes))[0]
         if not module:
             break
@@ -155,6 +171,8 @@ def _below(module: str, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     return {path: shape for path, shape in shapes.items() if path.startswith(prefix)}
 
 
-def _stacked_call(module: str) -> str:
-    pattern = f"^{re.escape(module)}/" if module else ""
-    return f"ox.stacked({pattern!r})"
+def _stack_pattern(module: str) -> str:
+    """A pattern for everything under a module, and under others of its name."""
+    if not module:
+        return ""
+    return "^" + r"\d+".join(map(re.escape, re.split(r"\d+", module))) + "/"

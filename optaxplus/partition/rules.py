@@ -14,7 +14,7 @@ from typing import Any
 
 from optaxplus import validation
 from optaxplus.numerics.matrix_axes import MatrixAxes
-from optaxplus.partition import layouts
+from optaxplus.partition import layouts, names
 from optaxplus.partition.layouts import AxesFunction
 
 __all__ = [
@@ -84,12 +84,6 @@ class Rule:
                 "'hidden', 'embedding', 'head', 'vector', 'other' or 'frozen'."
             )
 
-    @property
-    def is_own(self) -> bool:
-        """Whether somebody wrote it for the model at hand: not one of the defaults."""
-        inner = self.axes.rule if isinstance(self.axes, InStack) else self
-        return inner.required
-
     def describe(self) -> str:
         """What tables call it: name or pattern, after that of the stack it is for."""
         if isinstance(self.axes, InStack):
@@ -138,7 +132,7 @@ class _NamedRules(tuple[Rule, ...]):
         return self
 
     def __repr__(self) -> str:
-        return f"optaxplus.{self.name}"
+        return f"ox.{self.name}"
 
     def __reduce__(self):
         return type(self), (self.name, tuple(self))
@@ -148,106 +142,43 @@ def _default(name: str, pattern: str, axes: AxesFunction, role: str) -> Rule:
     return Rule(pattern, axes, role, required=False, name=name, per_layer=True)
 
 
-def _names(*names: str, suffix: str = "kernel|weight|w") -> str:
-    """Paths that end in one of `names`, or in an array in a module of that name."""
-    return rf"(^|/)({'|'.join(names)})(/({suffix}))?$"
-
-
-_HEAD = "|".join(
-    (
-        _names(
-            r"(?!(multi|attn|attention|per|single)_head)(\w+_)?head",
-            r"unembed\w*",
-            "embed_out",
-            "readout",
-            r"classifier(/out_proj)?",
-            r"logits?(?!_scale|_bias)\w*",
-            "predictions/decoder",
-            "lm_head/decoder",
-            "vocab_projector",
-            "score",
-            "qa_outputs",
-        ),
-        # What a whole model calls its output; inside a block it is a hidden matrix.
-        r"^(params/)?(output|output_layer|output_projection|fc|fc_out)"
-        r"/(kernel|weight|w)$",
-    )
-)
-_LAYER_EMBEDDING = r"(^|/)per_layer\w*_embeddings?(/\w+)?$"
-_EMBEDDING = _names(
-    r"\w*embeddings?",
-    r"\w*embed",
-    "embed_tokens",
-    r"(\w+_)?emb",
-    r"pos\w*emb\w*",
-    "wte",
-    "wpe",
-    r"pos\w*_table",
-    r"\w*_bias_table",
-    r"(cls|class|mask|dist|register|query|latent)_tokens?",
-    "cls",
-    "probe",
-    suffix="weight|w|table",
-)
-# The first convolution or dense layer of a vision model.
-_PATCHES = r"(^|/)(embedding|patch_?embed\w*(/proj\w*)?|patchify)/(kernel|w)$"
-_LORA_A = r"(^|/)(\w*_)?lora(_kernel)?[_/][aA]([./](kernel|weight|w))?$"
-_LORA_B = r"(^|/)(\w*_)?lora(_kernel)?[_/][bB]([./](kernel|weight|w))?$"
-_ROUTER = _names(
-    r"(\w*_)?router(_weights(/w)?|_logits|/proj|/gate|/dense)?",
-    r"Router(_\d+)?(/\w+)?",
-    r"\w*expert_gate",
-    "sparse_feedforward_gate_dense",
-)
-_BIAS = r"(^|/)((\w+_)?bias|b|beta|offset|shift)$"
-_SCALE = r"(^|/)(\w+_)?(scale|gain|gamma)$"
-_NORM = _names(r"\w*norm\w*", r"ln(_?\w+)?", suffix="weight|w")
-_EXPERT = r"(?i:moe|expert|gptossmlp)|(^|/)we_(gate|up|down)\w*$"
-_ATTENTION_IN = r"(^|/)(query|key|value|[qkv]_proj|w?[qkv])(/(kernel|w))?$"
-_ATTENTION_OUT = r"(^|/)(out|o_proj|out_proj|proj|w?o)(/(kernel|w))?$"
-_KERNEL = r"(^|/)(kernel|w)$"
-# Gemma's einsums, and the up-projections of latent attention (DeepSeek).
-_EINSUM_IN = r"(^|/)([qk]|kv|qkv)_einsum/w$"
-_EINSUM_OUT = r"(^|/)attn_vec_einsum/w$"
-_EINSUM_GATES = r"(^|/)gating_einsum(/w)?$"
-_LATENT = r"(^|/)w(q|kv)_b/kernel$"
-# A bias of several axes that nothing decided is no matrix.
-_UNNAMED = rf"^(?!.*{_BIAS})"
-
-# Names decide the role first; shapes are read from evidence before names, because
-# evidence speaks of the parameter at hand and a name of what is usual. An output head
-# is known by its name alone.
+# Names decide the role of what is no hidden matrix. Shapes are read from what lies
+# beside a parameter (its bias, the projections of its attention block) before names,
+# because evidence speaks of the parameter at hand and a name of what is usual.
 DEFAULT_RULES: tuple[Rule, ...] = _NamedRules(
     "DEFAULT_RULES",
     (
-        _default("output head", _HEAD, layouts.table, "head"),
-        _default("table", _LAYER_EMBEDDING, layouts.first_axis_in, "embedding"),
-        _default("table", _EMBEDDING, layouts.table, "embedding"),
-        _default("patches", _PATCHES, layouts.patches, "embedding"),
-        _default("LoRA A", _LORA_A, layouts.lora_a, "other"),
-        _default("LoRA B", _LORA_B, layouts.lora_b, "hidden"),
-        _default("router", _ROUTER, layouts.matrix, "other"),
+        _default("output head", names.HEAD, layouts.table, "head"),
+        _default("table", names.LAYER_EMBEDDING, layouts.first_axis_in, "embedding"),
+        _default("table", names.EMBEDDING, layouts.table, "embedding"),
+        _default("patches", names.PATCHES, layouts.patches, "embedding"),
+        _default("LoRA A", names.LORA_A, layouts.lora_a, "other"),
+        _default("LoRA B", names.LORA_B, layouts.lora_b, "hidden"),
+        _default("router", names.ROUTER, layouts.matrix, "other"),
         _default("router", r"(^|/)gate(/kernel)?$", layouts.gate_of_experts, "other"),
-        _default("scale", _SCALE, layouts.last_axis, "vector"),
-        _default("norm", _NORM, layouts.last_axis, "vector"),
-        _default("bias", _BIAS, layouts.bias, "vector"),
-        _default("experts", rf"({_EXPERT}).*{_BIAS}", layouts.expert_bias, "vector"),
-        _default("experts", _EXPERT, layouts.expert, "hidden"),
-        _default("fused", layouts.FUSED, layouts.fused_projections, "hidden"),
-        _default("gates", layouts.GATES, layouts.fused_gates, "hidden"),
-        _default("einsum", _EINSUM_IN, layouts.einsum_in, "hidden"),
-        _default("einsum", _EINSUM_OUT, layouts.einsum_out, "hidden"),
-        _default("einsum", _EINSUM_GATES, layouts.einsum_gates, "hidden"),
-        _default("latent heads", _LATENT, layouts.first_axis_in, "hidden"),
-        _default("heads", _ATTENTION_IN, layouts.attention_in, "hidden"),
-        _default("heads", _ATTENTION_OUT, layouts.attention_out, "hidden"),
-        _default("one channel", _KERNEL, layouts.one_channel, "other"),
-        _default("kernel by bias", _KERNEL, layouts.kernel, "hidden"),
-        _default("weight by bias", r"(^|/)weight$", layouts.torch_weight, "hidden"),
-        _default("convolution", layouts.CONVOLUTION, layouts.convolution, "hidden"),
-        _default("convolution", _KERNEL, layouts.pointwise, "hidden"),
-        _default("experts", _UNNAMED, layouts.routed, "hidden"),
-        _default("any matrix", _UNNAMED, layouts.matrix, "hidden"),
+        _default("elementwise", names.ELEMENTWISE, layouts.whole, "vector"),
+        _default("scale", names.SCALE, layouts.last_axis, "vector"),
+        _default("norm", names.NORM, layouts.norm, "vector"),
+        _default("bias", names.BIAS, layouts.bias, "vector"),
+        _default("experts", names.EXPERT_BIAS, layouts.expert_bias, "vector"),
+        _default("one channel", names.KERNEL, layouts.one_channel, "other"),
+        _default("one channel", names.WEIGHT, layouts.torch_one_channel, "other"),
+        _default("fused", names.FUSED, layouts.fused_projections, "hidden"),
+        _default("gates", names.GATES, layouts.fused_gates, "hidden"),
+        _default("kernel by bias", names.KERNEL, layouts.kernel, "hidden"),
+        _default("weight by bias", names.WEIGHT, layouts.torch_weight, "hidden"),
+        _default("heads", names.ATTENTION_IN, layouts.attention_in, "hidden"),
+        _default("heads", names.ATTENTION_OUT, layouts.attention_out, "hidden"),
+        _default("einsum", names.EINSUM_IN, layouts.einsum_in, "hidden"),
+        _default("einsum", names.EINSUM_OUT, layouts.einsum_out, "hidden"),
+        _default("einsum", names.EINSUM_GATES, layouts.einsum_gates, "hidden"),
+        _default("latent heads", names.LATENT, layouts.first_axis_in, "hidden"),
+        _default("convolution", names.CONVOLUTION, layouts.convolution, "hidden"),
+        _default("convolution", names.KERNEL, layouts.pointwise, "hidden"),
+        _default("experts", names.EXPERT, layouts.expert, "hidden"),
+        _default("experts", names.UNNAMED, layouts.routed, "hidden"),
+        _default("thin", names.UNNAMED_ARRAY, layouts.thin, "vector"),
+        _default("any matrix", names.UNNAMED, layouts.matrix, "hidden"),
         _default("any vector", r"", layouts.vector, "vector"),
     ),
 )
@@ -255,9 +186,9 @@ DEFAULT_RULES: tuple[Rule, ...] = _NamedRules(
 LORA_RULES: tuple[Rule, ...] = _NamedRules(
     "LORA_RULES",
     (
-        Rule(_LORA_A, layouts.lora_a, "other", name="LoRA A", per_layer=True),
-        Rule(_LORA_B, layouts.lora_b, "hidden", name="LoRA B", per_layer=True),
-        _default("base", rf"^(?!.*({_LORA_A}|{_LORA_B}))", layouts.whole, "frozen"),
+        Rule(names.LORA_A, layouts.lora_a, "other", name="LoRA A", per_layer=True),
+        Rule(names.LORA_B, layouts.lora_b, "hidden", name="LoRA B", per_layer=True),
+        _default("base", names.LORA_BASE, layouts.whole, "frozen"),
     ),
 )
 

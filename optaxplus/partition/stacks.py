@@ -6,26 +6,31 @@ some of them make no sense with it, such as a norm's scale of two axes, or a ker
 (3, 8, 16) beside a bias (3, 16). Both together are a proof; either alone is none.
 """
 
+import itertools
 import re
-from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 from optaxplus.numerics.matrix_axes import MatrixAxes, resolve_axes
+from optaxplus.partition import names
 
 __all__ = [
+    "NO_SIBLINGS",
+    "Neighbourhood",
     "Shape",
     "Siblings",
     "fits_as_heads",
     "layer_axes",
     "layer_shape",
+    "lora_factor",
     "lora_partner",
     "readings_by_bias",
     "siblings_of",
+    "weight_order",
     "with_layer_axes",
 ]
 
 Shape = tuple[int, ...]
-Siblings = Mapping[str, Shape]
 
 
 # Views
@@ -53,21 +58,80 @@ def with_layer_axes(
     )
 
 
+class Neighbourhood(dict[str, Shape]):
+    """The shapes below one module by "../path", and what many of them have in common.
+
+    Computed once for all modules that look at it.
+    """
+
+    @cached_property
+    def first_axes(self) -> set[Shape]:
+        """The sizes with which shapes begin."""
+        return {shape[:1] for shape in self.values()}
+
+    @cached_property
+    def first_two_axes(self) -> set[Shape]:
+        """The first two sizes of shapes of rank 3, as of experts (experts, in, out)."""
+        return {shape[:2] for shape in self.values() if len(shape) == 3}
+
+    @cached_property
+    def experts_apart(self) -> int:
+        """How many numbered experts there are, "../experts/0/up/kernel" and so on."""
+        found = (re.match(r"\.\./(?:\w+/)?experts?/(\d+)/", name) for name in self)
+        return len({match[1] for match in found if match})
+
+    @cached_property
+    def weight_orders(self) -> set[str]:
+        """Which way round the weights are whose bias tells, see `weight_order`."""
+        orders = (
+            weight_order(shape, self.get(f"{name.removesuffix('weight')}bias"))
+            for name, shape in self.items()
+            if name.endswith("/weight")
+        )
+        return {order for order in orders if order}
+
+
+class Siblings(Mapping[str, Shape]):
+    """The shapes in a module by name, and below its parent by "../path".
+
+    Attributes:
+      around: Those below the parent.
+    """
+
+    def __init__(self, inside: Mapping[str, Shape], around: Neighbourhood):
+        self._inside = inside
+        self.around = around
+
+    def __getitem__(self, name: str) -> Shape:
+        return (self.around if name.startswith("../") else self._inside)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain(self._inside, self.around)
+
+    def __len__(self) -> int:
+        return len(self._inside) + len(self.around)
+
+
+NO_SIBLINGS = Siblings({}, Neighbourhood())
+
+
 def siblings_of(shapes: Mapping[str, Shape]) -> dict[str, Siblings]:
-    """For every module, the shapes in it by name and below its parent by "../path"."""
+    """What is beside the parameters of every module, by the module's path."""
     inside: dict[str, dict[str, Shape]] = {}
-    below: dict[str, dict[str, Shape]] = {}
+    below: dict[str, Neighbourhood] = {}
     for path, shape in shapes.items():
         module, _, name = path.rpartition("/")
         inside.setdefault(module, {})[name] = shape
-        below.setdefault(module, {})[f"../{name}"] = shape
+        below.setdefault(module, Neighbourhood())[f"../{name}"] = shape
         while module:
             module = module.rpartition("/")[0]
             relative = path.removeprefix(f"{module}/") if module else path
-            below.setdefault(module, {})[f"../{relative}"] = shape
+            below.setdefault(module, Neighbourhood())[f"../{relative}"] = shape
     return {
-        module: ChainMap(names, below[module.rpartition("/")[0]] if module else {})
-        for module, names in inside.items()
+        module: Siblings(
+            arrays, below[module.rpartition("/")[0]] if module else Neighbourhood()
+        )
+        for module, arrays in inside.items()
     }
 
 
@@ -84,9 +148,6 @@ _ATTENTION = (
     ("qkv", "qkv", "proj"),
     ("qkv_proj", "qkv_proj", "out"),
     ("qkv_proj", "qkv_proj", "out_proj"),
-)
-_LORA = re.compile(
-    r"(?P<stem>(\w*_)?lora(_kernel)?[_/])(?P<factor>[abAB])(?P<rest>([./]\w+)?)$"
 )
 _PARTNER = {"a": "b", "b": "a", "A": "B", "B": "A"}
 
@@ -122,21 +183,47 @@ def fits_as_heads(path: str, siblings: Siblings) -> bool:
             for projection in projections
         )
         value = value or query
-        if min(len(query), len(value), len(out)) >= 3:
+        # A fused projection has one more axis, which counts the three.
+        rank = len(out) + ("qkv" in projections[0])
+        if len(out) >= 3 and len(query) == len(value) == rank:
             fits_heads = query[-2] == out[-3] and value[-1] == out[-2]
             fits_layers = len(out) == 3 and query[0] == out[0]
             return fits_heads and not fits_layers
     return False
 
 
+def lora_factor(path: str) -> str | None:
+    """Which factor of a low-rank update W + A·B a parameter is: "a", "b" or None."""
+    match = re.search(names.LORA, path)
+    return match["factor"].lower() if match else None
+
+
 def lora_partner(path: str, siblings: Siblings) -> Shape:
     """The shape of B beside the factor A of a low-rank update, or of A beside B."""
-    match = _LORA.search(path)
+    match = re.search(names.LORA, path)
     if match is None:
         return ()
     partner = match["stem"] + _PARTNER[match["factor"]] + match["rest"]
-    name = partner.rpartition("/")[2]
-    return siblings.get(f"../{partner}", siblings.get(name, ()))
+    if match["rest"].startswith("/"):
+        return siblings.get(f"../{partner}", ())
+    return siblings.get(partner.rpartition("/")[2], ())
+
+
+def weight_order(weight: Shape, bias: Shape | None) -> str | None:
+    """Which way round a weight is by its bias: "in_out" or "out_in".
+
+    None if there is no bias, or it fits both.
+
+    Equinox and PyTorch store (out, in, *window), and a bias (out,) or (out, 1, ...).
+    """
+    if not bias or len(weight) < 2:
+        return None
+    is_first = bias[0] == weight[0] and all(size == 1 for size in bias[1:])
+    out_in = is_first and len(bias) < len(weight)
+    in_out = 0 in readings_by_bias(weight, bias)
+    if out_in == in_out:
+        return None
+    return "out_in" if out_in else "in_out"
 
 
 # The proof
@@ -161,7 +248,7 @@ def layer_axes(shapes: Mapping[str, Shape]) -> dict[str, tuple[int, ...]]:
     def visit(module: str, paths: Sequence[str]) -> None:
         layer = {path: layer_shape(shapes[path], found[path]) for path in paths}
         while (axis := _common_layer_axis(layer)) is not None:
-            for path in paths:
+            for path in filter(layer.get, paths):
                 kept = [a for a in range(len(shapes[path])) if a not in found[path]]
                 found[path] += (kept[axis],)
                 layer[path] = layer_shape(layer[path], (axis,))
@@ -178,27 +265,32 @@ def layer_axes(shapes: Mapping[str, Shape]) -> dict[str, tuple[int, ...]]:
 
 
 def _common_layer_axis(shapes: Mapping[str, Shape]) -> int | None:
-    """The axis, 0 or 1, that counts layers in all of `shapes`; None without proof."""
+    """The axis, 0 or 1, that counts layers in all of `shapes`; None without proof.
+
+    Scalars are left out: a block may share them between its layers.
+    """
+    shapes = {path: shape for path, shape in shapes.items() if shape}
     excess = _excess_axes(shapes)
     if not excess:
         return None
-    left = {}
+    excess_without = {}
     # Equinox and PyTorch, whose weights are called so, stack along the first axis.
     is_torch = any(path.endswith("weight") for path in shapes)
     for axis in (0,) if is_torch else (0, 1):
-        if len({shape[axis : axis + 1] for shape in shapes.values()} - {()}) == 1:
+        is_common = len({shape[axis : axis + 1] for shape in shapes.values()}) == 1
+        if is_common and all(len(shape) > axis for shape in shapes.values()):
             layer = {path: layer_shape(shapes[path], (axis,)) for path in shapes}
-            if all(len(s) > axis for s in shapes.values()) and _is_possible(layer):
-                left[axis] = _excess_axes(layer)
-    if len(left) == 2 and left[0] == left[1]:
+            if _is_possible(layer):
+                excess_without[axis] = _excess_axes(layer)
+    if len(excess_without) == 2 and excess_without[0] == excess_without[1]:
         # Both axes are the same in all of them: layers of layers, or vectors alone
         # (whose features are the last axis), or undecided.
         inner = {path: layer_shape(shapes[path], (0, 1)) for path in shapes}
-        nested = _is_possible(inner) and _excess_axes(inner) < left[0]
+        nested = _is_possible(inner) and _excess_axes(inner) < excess_without[0]
         vectors = all(len(shape) == 2 for shape in shapes.values())
         return 0 if nested or vectors else None
-    axis = min(left, key=left.__getitem__, default=None)
-    return axis if axis is not None and left[axis] < excess else None
+    axis = min(excess_without, key=excess_without.__getitem__, default=None)
+    return axis if axis is not None and excess_without[axis] < excess else None
 
 
 def _excess_axes(shapes: Mapping[str, Shape]) -> int:
@@ -209,14 +301,13 @@ def _excess_axes(shapes: Mapping[str, Shape]) -> int:
         module, _, name = path.rpartition("/")
         beside = modules[module]
         bias = beside.get(_BIAS_OF[name]) if name in _BIAS_OF else None
-        partner = lora_partner(path, beside)
         if _is_norm(path, beside):
             count += max(len(shape) - 1, 0)
         elif bias is not None and not _fits_bias(name, shape, bias):
             count += 1
         elif re.search(r"(^|/)(query|q_proj|q|wq)(/\w+)?$", path):
             count += max(len(shape) - 3, 0) if fits_as_heads(path, beside) else 0
-        elif re.search(r"[_/][aA]([./]\w+)?$", path) and partner:
+        elif lora_factor(path) == "a" and (partner := lora_partner(path, beside)):
             count += shape[-1:] != partner[:1]
     return count
 
@@ -224,26 +315,26 @@ def _excess_axes(shapes: Mapping[str, Shape]) -> int:
 def _is_norm(path: str, beside: Siblings) -> bool:
     """Whether the parameter is the scale of a norm: one axis in a layer."""
     name = path.rpartition("/")[2]
+    if re.search(names.HEAD_NORM, path):
+        return False
     if name == "weight":
         return beside.get("bias") == beside["weight"]
     if re.fullmatch(r"scale|gain|gamma", name):
-        return not {"kernel", "weight", "w"} & beside.keys()
-    return bool(re.fullmatch(r"\w*norm(_?\d+)?|ln(_?\w+)?", name))
+        return not any(weight in beside for weight in _BIAS_OF)
+    return bool(re.fullmatch(r"\w*norm(_?\d+)?|ln(_?\d+|_\w+)?", name))
 
 
 def _fits_bias(name: str, weight: Shape, bias: Shape) -> bool:
     """Whether a weight and its bias are those of one layer, in either convention."""
     if 0 in readings_by_bias(weight, bias):
         return True
-    # Equinox and PyTorch store (out, in, *window); a bias is (out,) or (out, 1, ...).
-    first = bias[:1] == weight[:1] and all(size == 1 for size in bias[1:])
-    return name != "kernel" and first and len(bias) < len(weight)
+    return name == "weight" and weight_order(weight, bias) == "out_in"
 
 
 def _is_possible(shapes: Mapping[str, Shape]) -> bool:
     """Whether no parameter has too few axes for what its name says."""
     least = {"kernel": 2, "embedding": 2, "bias": 1, "b": 1}
     return all(
-        len(shape) >= least.get(path.rpartition("/")[2], 0)
+        len(shape) >= least.get(path.rpartition("/")[2], 2 if lora_factor(path) else 0)
         for path, shape in shapes.items()
     )

@@ -80,7 +80,9 @@ def memory_report(
     Args:
       tx: Any gradient transformation.
       params: Arrays or `jax.ShapeDtypeStruct`s.
-      grads_dtype: Dtype of the gradients; None is that of the parameters.
+      grads_dtype: Dtype of the gradients; None is that of the parameters. Every
+        parameter is counted, also a frozen one, whose gradient a compiled step may
+        leave out.
 
     Returns:
       A `MemoryReport`; `str()` prints it, `to_dict()` is the data.

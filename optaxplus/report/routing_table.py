@@ -9,8 +9,8 @@ from typing import Any
 
 from optaxplus.custom_types import PyTree
 from optaxplus.numerics.matrix_axes import MatrixAxes
+from optaxplus.partition import names
 from optaxplus.partition.inference import Decision, decide, label_of_role
-from optaxplus.partition.layouts import FUSED
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
 from optaxplus.report.tables import format_table
 
@@ -109,7 +109,7 @@ class RoutingTable:
                         row.dtype,
                         row.role,
                         row.label,
-                        row.matrix,
+                        "-" if row.role == "frozen" else row.matrix,
                         _shorten(row.rule),
                     )
                     for row in _folded(self.rows)
@@ -194,8 +194,9 @@ def _join(splits: Sequence[int]) -> str:
 
 
 def _looks_fused(row: RoutingRow) -> bool:
-    is_one = row.axes.is_matrix and not row.axes.splits and len(row.shape) == 2
-    return row.role == "hidden" and is_one and bool(re.search(FUSED, row.path))
+    axes = row.axes
+    is_one = len(axes.fan_in) == len(axes.fan_out) == 1 and not axes.splits
+    return row.role == "hidden" and is_one and bool(re.search(names.FUSED, row.path))
 
 
 def _shorten(rule: str) -> str:

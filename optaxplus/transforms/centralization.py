@@ -41,7 +41,7 @@ def _inferred(params: PyTree) -> PyTree:
             return MatrixAxes(leaf_axes.fan_out, leaf_axes.fan_in)
         return leaf_axes
 
-    remedy = "axes=ox.infer_matrix_axes(params, (rule, *ox.DEFAULT_RULES))"
+    remedy = "axes=ox.infer_matrix_axes(params, {rules})"
     decisions = decide("centralize", params, DEFAULT_RULES, remedy)
     return trees.unflatten_like(params, [leaf(d.axes, d.role) for d in decisions])
 

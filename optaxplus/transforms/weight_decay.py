@@ -181,6 +181,6 @@ def decay_mask(params: PyTree, rules: Sequence[Rule] = DEFAULT_RULES) -> PyTree:
                 "decay_mask: it was called with a step count, as a schedule is. Under "
                 "optax.inject_hyperparams pass static_args=('mask',)."
             )
-    remedy = "mask=functools.partial(ox.decay_mask, rules=(rule, *ox.DEFAULT_RULES))"
+    remedy = "mask=functools.partial(ox.decay_mask, rules={rules})"
     decisions = decide("decay_mask", params, rules, remedy)
     return trees.unflatten_like(params, [d.role != "vector" for d in decisions])

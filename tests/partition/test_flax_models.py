@@ -214,11 +214,11 @@ def test_convolutions_without_biases_beside_norms():
     shapes = {"Conv_0/kernel": (5, 3, 4, 8), "BatchNorm_0/scale": (5, 8)}
     assert routing(abstract(shapes))["Conv_0/kernel"] == ("hidden", (1, 2), (3,))
     # Alone: a window of one axis, a square one, or one that may be an axis of layers.
-    for window in ((3,), (5,), (3, 3), (3, 3, 3)):
+    for window in ((3,), (5,), (3, 3)):
         row = routing(abstract({"Conv_0/kernel": (*window, 4, 8)}))["Conv_0/kernel"]
         rank = len(window)
         assert row == ("hidden", tuple(range(rank + 1)), (rank + 1,))
-    for shape in ((5, 3, 4, 8), (5, 3, 3, 4, 8)):
+    for shape in ((5, 3, 4, 8), (5, 3, 3, 4, 8), (3, 3, 3, 4, 8)):
         with pytest.raises(ValueError, match="'Conv_0/kernel' of shape"):
             routing(abstract({"Conv_0/kernel": shape}))
 

@@ -7,12 +7,15 @@ line by line before it is committed, because nothing else says what is right.
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import optaxplus as ox
 from optaxplus import DEFAULT_RULES, LORA_RULES, MatrixAxes, Rule
 from optaxplus.partition.inference import decide
 from optaxplus.report.tables import format_table
+from tests.assertions import assert_same_types
 from tests.partition.model_zoo import MODELS
 
 DIRECTORY = Path(__file__).parent / "golden_tables"
@@ -82,12 +85,25 @@ def test_tables_are_as_reviewed(name: str):
     assert table(name) == (DIRECTORY / f"{name}.txt").read_text()
 
 
+@pytest.mark.parametrize("make", [ox.muon, ox.adam_mini], ids=["muon", "adam_mini"])
+@pytest.mark.parametrize("name", TABLES)
+def test_optimizers_take_every_model(name: str, make):
+    model, rules = TABLES[name]
+    params = MODELS[model]()
+    tx = make(0.1, rules=rules)
+    state = jax.eval_shape(tx.init, params)
+    updates, new_state = jax.eval_shape(tx.update, params, state, params)
+    assert_same_types(new_state, state)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+
+
 def test_no_table_is_left_over():
     assert {path.stem for path in DIRECTORY.iterdir()} == set(TABLES)
 
 
 if __name__ == "__main__":
+    _tables = {name: table(name) for name in TABLES}
     for _path in DIRECTORY.iterdir():
         _path.unlink()
-    for _name in TABLES:
-        (DIRECTORY / f"{_name}.txt").write_text(table(_name))
+    for _name, _table in _tables.items():
+        (DIRECTORY / f"{_name}.txt").write_text(_table)
