@@ -88,8 +88,8 @@ def decide(
       ValueError: If a parameter is undecided, the axes of a rule do not fit it, a
         required rule matches nothing, or two parameters have the same path.
     """
-    given = repr(rules) if rules in (DEFAULT_RULES, LORA_RULES) else "rules"
     rules = check_rules(function, rules)
+    named = [repr(known) for known in (DEFAULT_RULES, LORA_RULES) if known == rules]
     leaves = _by_path(function, params)
     shapes = {path: jax.numpy.shape(leaf) for path, leaf in leaves.items()}
     view = _View(function, shapes, is_masked=_is_masked(params))
@@ -121,7 +121,12 @@ def decide(
     if undecided:
         raise ValueError(
             undecided_message(
-                function, undecided, shapes, remedy, given, is_masked=view.is_masked
+                function,
+                undecided,
+                shapes,
+                remedy,
+                given=named[0] if named else "rules",
+                is_masked=view.is_masked,
             )
         )
     if leaves:

@@ -17,8 +17,8 @@ def undecided_message(
     undecided: Mapping[str, Shape],
     shapes: Mapping[str, Shape],
     remedy: str,
-    given: str,
     *,
+    given: str,
     is_masked: bool,
 ) -> str:
     """Names the parameters, and for each kind of them the rules that could decide it.

@@ -182,6 +182,9 @@ def test_a_factor_of_unknown_spelling_is_not_frozen():
     assert "'q/kernel'" not in message
     # Pasted as it stands, the advice keeps the base frozen.
     assert "and pass rules=(rule_1, rule_2, *ox.LORA_RULES)." in message
+    with pytest.raises(ValueError, match="no rule decides") as of_muon:
+        ox.muon(0.1, rules=LORA_RULES).init(abstract(shapes))
+    assert str(of_muon.value) == message.replace("infer_roles", "muon", 1)
 
 
 def test_advice_keeps_rules_of_ones_own():
