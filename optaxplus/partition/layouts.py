@@ -81,8 +81,8 @@ def first_axis_in(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | N
 
 
 def thin(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """(1, ..., 1, n): a vector that broadcasts."""
-    return _whole(shape) if {*shape[:-1]} == {1} else None
+    """(1, 1, ..., n): a vector that broadcasts."""
+    return _whole(shape) if len(shape) >= 3 and {*shape[:-1]} == {1} else None
 
 
 def whole(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes:

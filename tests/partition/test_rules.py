@@ -116,7 +116,7 @@ def test_every_default_rule_is_optional_and_decides_somewhere():
             "mlp/gate_proj": (4, 6, 7),
             "temperature": (),
             "mixer/A_log": (6, 3),
-            "log_variance": (1, 6),
+            "log_variance": (1, 1, 6),
             "equinox/weight": (8, 1, 3, 3),
             "equinox/bias": (8, 1, 1),
         }
