@@ -14,13 +14,19 @@ import optax
 from optaxplus import trees
 from optaxplus.custom_types import Axes, PyTree
 from optaxplus.numerics.matrix_axes import MatrixAxes, resolve_axes
-from optaxplus.partition.messages import undecided_message
+from optaxplus.partition.layouts import Undecided
+from optaxplus.partition.messages import (
+    Stack,
+    stack_candidates,
+    undecided_message,
+)
 from optaxplus.partition.rules import (
     DEFAULT_RULES,
     LORA_RULES,
     InStack,
     Rule,
     check_rules,
+    stacked,
 )
 from optaxplus.partition.stacks import (
     NO_SIBLINGS,
@@ -35,6 +41,7 @@ from optaxplus.partition.stacks import (
 __all__ = [
     "Decision",
     "axes_of",
+    "check_labels",
     "decide",
     "infer_matrix_axes",
     "infer_roles",
@@ -89,6 +96,7 @@ def decide(
         required rule matches nothing, or two parameters have the same path.
     """
     rules = check_rules(function, rules)
+    _check_order(function, rules)
     named = [repr(known) for known in (DEFAULT_RULES, LORA_RULES) if known == rules]
     leaves = _by_path(function, params)
     shapes = {path: jax.numpy.shape(leaf) for path, leaf in leaves.items()}
@@ -126,12 +134,41 @@ def decide(
                 shapes,
                 remedy,
                 given=named[0] if named else "rules",
+                stacks=_stacks_that_decide(undecided, rules, view),
+                has_defaults=not all(map(_is_own, rules)),
                 is_masked=view.is_masked,
             )
         )
     if leaves:
         _check_required(function, rules, list(shapes))
     return decisions
+
+
+def _check_order(function: str, rules: Sequence[Rule]) -> None:
+    """Refuses stacks that are declared where the default rules have decided already."""
+    is_behind = False
+    for rule in rules:
+        if isinstance(rule.axes, InStack) and is_behind:
+            raise ValueError(
+                f"{function}: the rules of stacked({rule.pattern!r}) stand behind "
+                "default rules, which decide first; put them in front."
+            )
+        is_behind |= not isinstance(rule.axes, InStack) and not _is_own(rule)
+
+
+def _stacks_that_decide(
+    undecided: Mapping[str, Shape], rules: Sequence[Rule], view: "_View"
+) -> list[Stack]:
+    """Stacks with which no parameter in them would be undecided."""
+    found = []
+    for stack in stack_candidates(undecided, view.shapes):
+        tried = (*stacked(stack.pattern, stack.axis), *rules)
+        inside = [path for path in undecided if re.search(stack.pattern, path)]
+        if stack.fits(view.shapes) and all(
+            next(_answers(tried, path, view), None) for path in inside
+        ):
+            found.append(stack)
+    return found
 
 
 def _by_path(function: str, params: PyTree) -> dict[str, Any]:
@@ -165,9 +202,10 @@ class _View:
         self.function = function
         self.shapes = shapes
         self.is_masked = is_masked
-        slashed = {path: path.replace(".", "/") for path in shapes}
-        is_unique = len(set(slashed.values())) == len(slashed)
-        self.slashed = slashed if is_unique else {path: path for path in shapes}
+        is_flat = not any("/" in path for path in shapes)
+        self.slashed = {
+            path: path.replace(".", "/") if is_flat else path for path in shapes
+        }
         by_slashes = {self.slashed[path]: shape for path, shape in shapes.items()}
         proven = {} if is_masked else layer_axes(by_slashes)
         self.layers = {path: proven.get(self.slashed[path], ()) for path in shapes}
@@ -179,7 +217,8 @@ class _View:
                 {
                     path: layer_shape(shape, proven[path])
                     for path, shape in by_slashes.items()
-                }
+                },
+                by_slashes,
             )
         )
         self._stacks: dict[tuple[str, int], _View] = {}
@@ -210,13 +249,13 @@ class _View:
 
 
 # Whatever is not among them somebody wrote for the model at hand.
-_OURS = frozenset((*DEFAULT_RULES, *LORA_RULES))
+_OURS = frozenset(map(id, (*DEFAULT_RULES, *LORA_RULES)))
 
 
 def _is_own(rule: Rule) -> bool:
     while isinstance(rule.axes, InStack):
         rule = rule.axes.rule
-    return rule not in _OURS
+    return id(rule) not in _OURS
 
 
 def _answers(
@@ -224,18 +263,23 @@ def _answers(
 ) -> Iterator[tuple[Rule, MatrixAxes]]:
     """The first rule that decides and its axes, then one's own behind it.
 
-    What is declared a stack is not asked again as a whole: the default rules would take
-    its axis of layers for something else.
+    Default rules are no longer asked of what one of them recognised but could not read,
+    or of what is declared a stack: they would take its axis of layers for something
+    else.
     """
-    is_decided = is_in_stack = False
+    is_closed = is_in_stack = False
     for rule in rules:
         is_stack = isinstance(rule.axes, InStack)
-        if (is_decided or (is_in_stack and not is_stack)) and not _is_own(rule):
+        if (is_closed or (is_in_stack and not is_stack)) and not _is_own(rule):
             continue
-        axes = _axes_by(rule, path, view)
         is_in_stack |= is_stack and bool(re.search(rule.pattern, path))
+        try:
+            axes = _axes_by(rule, path, view)
+        except Undecided:
+            is_closed = True
+            continue
         if axes is not None:
-            is_decided = True
+            is_closed = True
             yield rule, axes
 
 
@@ -268,16 +312,25 @@ def _axes_by(rule: Rule, path: str, view: _View) -> MatrixAxes | None:
 def _check_required(function: str, rules: Sequence[Rule], paths: Sequence[str]) -> None:
     for rule in rules:
         if rule.required and not any(re.search(rule.pattern, path) for path in paths):
+            there = ", ".join(map(repr, paths[:10]))
+            there += ", …" if len(paths) > 10 else ""
+            if rule in LORA_RULES:
+                raise ValueError(
+                    f"{function}: no parameter is a factor {rule.name[-1]} of a "
+                    "low-rank update (lora_a, lora_b), which ox.LORA_RULES are for, "
+                    f"and everything would be frozen; the paths are {there}."
+                )
             raise ValueError(
                 f"{function}: the rule {rule.pattern!r} matches no parameter. Correct "
-                "its pattern or pass required=False; the paths are "
-                f"{', '.join(map(repr, paths[:10]))}"
-                f"{', …' if len(paths) > 10 else ''}."
+                f"its pattern or pass required=False; the paths are {there}."
             )
 
 
 def infer_matrix_axes(params: PyTree, rules: Sequence[Rule] = DEFAULT_RULES) -> PyTree:
     """Says of every parameter which of its axes form a matrix.
+
+    Axes say nothing of roles: what a rule freezes stays still by its label, see
+    `label_params`, not by its axes.
 
     Args:
       params: Tree of arrays, tracers or `jax.ShapeDtypeStruct`s.
@@ -314,16 +367,31 @@ def infer_roles(params: PyTree, rules: Sequence[Rule] = DEFAULT_RULES) -> PyTree
     return trees.unflatten_like(params, [decision.role for decision in decisions])
 
 
+_LABELS = {"hidden": "muon", "frozen": "frozen"} | dict.fromkeys(
+    ("embedding", "head", "vector", "other"), "adamw"
+)
+
+
 def label_of_role(role: str, labels: Mapping[str, str] | None = None) -> str:
     """The label of a role: which group of the optimizer takes it.
 
     "hidden" goes to "muon", "frozen" stays "frozen", the other known roles go to
     "adamw", and a role of your own is its own label, unless `labels` says otherwise.
     """
-    defaults = {"hidden": "muon", "frozen": "frozen"} | dict.fromkeys(
-        ("embedding", "head", "vector", "other"), "adamw"
-    )
-    return (defaults | dict(labels or {})).get(role, role)
+    return (_LABELS | dict(labels or {})).get(role, role)
+
+
+def check_labels(
+    function: str, labels: Mapping[str, str] | None, rules: Sequence[Rule]
+) -> None:
+    """Refuses labels for roles that no rule gives."""
+    roles = {*_LABELS, *(rule.role for rule in check_rules(function, rules))}
+    for role in labels or ():
+        if role not in roles:
+            raise ValueError(
+                f"{function}: labels[{role!r}] is not allowed; no rule gives this "
+                f"role. The roles are {', '.join(map(repr, sorted(roles)))}."
+            )
 
 
 def label_params(
@@ -344,7 +412,7 @@ def label_params(
       A pytree of strings with the structure of `params`.
 
     Raises:
-      ValueError: As in `infer_matrix_axes`.
+      ValueError: As in `infer_matrix_axes`, or if no rule gives a role in `labels`.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox
@@ -355,6 +423,7 @@ def label_params(
       ...     {"muon": optax.sgd(0.1), "adamw": optax.adamw(1e-3)}, ox.label_params
       ... )
     """
+    check_labels("label_params", labels, rules)
     decisions = decide("label_params", params, rules)
     return trees.unflatten_like(
         params, [label_of_role(d.role, labels) for d in decisions]

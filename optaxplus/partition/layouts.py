@@ -21,6 +21,7 @@ from optaxplus.partition.stacks import (
 
 __all__ = [
     "AxesFunction",
+    "Undecided",
     "attention_in",
     "attention_out",
     "bias",
@@ -34,6 +35,7 @@ __all__ = [
     "fused_gates",
     "fused_projections",
     "gate_of_experts",
+    "head",
     "kernel",
     "last_axis",
     "lora_a",
@@ -44,6 +46,7 @@ __all__ = [
     "patches",
     "pointwise",
     "routed",
+    "router",
     "table",
     "thin",
     "torch_one_channel",
@@ -55,6 +58,13 @@ __all__ = [
 AxesFunction = Callable[[str, Shape, Siblings], MatrixAxes | None]
 
 _IN_OUT = MatrixAxes((-2,), (-1,))
+
+
+class Undecided(Exception):
+    """The name says what a parameter is, but nothing how it is shaped.
+
+    No later rule may take it for something else.
+    """
 
 
 # By rank alone
@@ -70,9 +80,27 @@ def matrix(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     return _IN_OUT if len(shape) == 2 else None
 
 
-def table(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes:
-    """(*copies, in, out); the input of an embedding is one-hot over its entries."""
+def table(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
+    """(*copies, in, out); the input of an embedding is one-hot over its entries.
+
+    What has a bias is a layer under the name of a table.
+    """
+    is_array_of_module = re.search(names.WEIGHT_OR_W, path)
+    if is_array_of_module and ("bias" in siblings or "b" in siblings):
+        return None
     return _IN_OUT if len(shape) >= 2 else _whole(shape)
+
+
+def head(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
+    """(*copies, in, out), or as the bias tells."""
+    by_bias = None
+    if re.search(names.KERNEL, path):
+        by_bias = kernel(path, shape, siblings)
+    elif re.search(names.WEIGHT, path):
+        by_bias = torch_weight(path, shape, siblings)
+    if by_bias is None and len(shape) >= 3 and "bias" in siblings:
+        raise Undecided
+    return by_bias or (_IN_OUT if len(shape) >= 2 else _whole(shape))
 
 
 def first_axis_in(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
@@ -96,9 +124,17 @@ def last_axis(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes:
 
 
 def norm(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
-    """The scale of a norm, whose bias, if any, has its shape."""
-    beside = siblings.get("bias", siblings.get("b", shape))
-    return last_axis(path, shape, siblings) if beside == shape else None
+    """The scale of a norm, whose bias, if any, has its shape.
+
+    A `weight` of two axes without such a bias may be that of a layer called norm.
+    """
+    is_bare = not re.search(names.WEIGHT_OR_W, path)
+    beside = siblings.get("bias", siblings.get("b", shape if is_bare else None))
+    if len(shape) <= 1 or beside == shape:
+        return last_axis(path, shape, siblings)
+    if beside is None:
+        raise Undecided
+    return None
 
 
 def _whole(shape: Shape) -> MatrixAxes:
@@ -239,9 +275,11 @@ def fused_projections(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes
                 return MatrixAxes((fan_in,), (fan_out,), (shape[fan_in],) * 3)
     beside = siblings.get("bias", siblings.get("b", shape[1:]))
     is_counted = len(shape) in (3, 4) and shape[1:2] == (3,) != shape[2:3]
-    if is_counted and beside == shape[1:] and not re.search(names.CONVOLUTION, path):
+    if len(shape) < 3 or len(beside) == 1 or re.search(names.CONVOLUTION, path):
+        return None
+    if is_counted and beside == shape[1:]:
         return MatrixAxes((0,), tuple(range(2, len(shape))))
-    return None
+    raise Undecided
 
 
 def fused_gates(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
@@ -274,22 +312,20 @@ def fused_gates(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | Non
 def convolution(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     """(*window, in, out): every window position and input channel is summed over.
 
-    From rank 4 on the first axis may count layers instead. It does not where something
-    beside the kernel begins with another axis, or where a window of two is square.
+    From rank 4 on one of the first two axes may count layers instead. It does not where
+    something in the same block has neither, or where a window of two is square.
     """
     beside = siblings.get("b" if path.endswith("/w") else "bias", shape[-1:])
     if not 3 <= len(shape) <= 5 or beside not in (shape[-1:], shape[-2:-1]):
         return None
     is_square = len(shape) == 4 and shape[0] == shape[1]
-    is_apart = bool(siblings.around.first_axes - {shape[:1]})
-    if not (len(shape) == 3 or is_square or is_apart):
+    if not (len(shape) == 3 or is_square or siblings.is_single(path)):
         return None
-    if beside == shape[-1:]:
-        return MatrixAxes(tuple(range(len(shape) - 1)), (-1,))
-    # ConvTranspose(transpose_kernel=True) keeps (*window, out, in).
-    if re.search(r"[Tt]ranspose|deconv|(^|/)up", path):
+    # Haiku, and Flax with transpose_kernel=True, keep (*window, out, in).
+    is_transposed = re.search(r"[Tt]ranspose|deconv|(^|/)up", path)
+    if is_transposed and (beside != shape[-1:] or path.endswith("transpose/w")):
         return MatrixAxes((*range(len(shape) - 2), len(shape) - 1), (-2,))
-    return None
+    return MatrixAxes(tuple(range(len(shape) - 1)), (-1,))
 
 
 def pointwise(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
@@ -312,6 +348,8 @@ def patches(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     """A dense or convolutional layer that reads patches of an image."""
     if len(shape) == 2:
         return _IN_OUT
+    if path.endswith("weight"):
+        return torch_weight(path, shape, siblings)
     return kernel(path, shape, siblings) or convolution(path, shape, siblings)
 
 
@@ -326,6 +364,13 @@ def expert(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
 def expert_bias(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
     """(*copies, out)."""
     return MatrixAxes((), (-1,)) if len(shape) == 2 else None
+
+
+def router(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:
+    """(in, experts)."""
+    if len(shape) >= 3:
+        raise Undecided
+    return matrix(path, shape, siblings)
 
 
 def routed(path: str, shape: Shape, siblings: Siblings) -> MatrixAxes | None:

@@ -3,13 +3,79 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from optaxplus.partition.stacks import Shape
 
-__all__ = ["undecided_message"]
+__all__ = ["Stack", "stack_candidates", "undecided_message"]
 
 _MOST_PATHS = 10
 _MOST_KINDS = 3
+
+
+class Stack(NamedTuple):
+    """Parameters that may be a stack of layers: all have an axis in common.
+
+    Attributes:
+      module: Path of the module that they are in; "" for the whole tree.
+      axis: The axis, 0 or 1.
+      size: Its size.
+      count: How many parameters there are.
+    """
+
+    module: str
+    axis: int
+    size: int
+    count: int
+
+    @property
+    def pattern(self) -> str:
+        """A pattern for everything in the module, and in others of its name."""
+        parts = re.split(r"\d+", self.module)
+        return "^" + r"\d+".join(map(re.escape, parts)) + "/" if self.module else ""
+
+    def fits(self, shapes: Mapping[str, Shape]) -> bool:
+        """Whether in each of the modules of its name the axis is common to all."""
+        sizes: dict[str, set[Shape]] = {}
+        for path, shape in shapes.items():
+            if match := re.match(self.pattern, path):
+                axis = shape[self.axis : self.axis + 1]
+                sizes.setdefault(match[0], set()).add(axis)
+        return all(len(found) == 1 and () not in found for found in sizes.values())
+
+    @property
+    def call(self) -> str:
+        """The rules that say so."""
+        axis = f", axis={self.axis}" if self.axis else ""
+        return f"*ox.stacked({self.pattern!r}{axis})"
+
+
+def stack_candidates(
+    undecided: Mapping[str, Shape], shapes: Mapping[str, Shape]
+) -> list[Stack]:
+    """What the undecided parameters may be stacks of, the first axis first.
+
+    For each axis the outermost module of several parameters that have it in common; the
+    whole tree only if no module in it is one.
+    """
+    found = []
+    for axis in (0, 1):
+        module = next(iter(undecided)).rpartition("/")[0]
+        best = None
+        while True:
+            prefix = f"{module}/" if module else ""
+            below = [s for path, s in shapes.items() if path.startswith(prefix)]
+            sizes = {shape[axis : axis + 1] for shape in below}
+            if len(sizes) > 1 or () in sizes:
+                break
+            if len(below) > 1 and (module or best is None):
+                best = Stack(module, axis, sizes.pop()[0], len(below))
+            if not module:
+                break
+            module = module.rpartition("/")[0]
+        if best is not None:
+            found.append(best)
+    return found
 
 
 def undecided_message(
@@ -19,6 +85,8 @@ def undecided_message(
     remedy: str,
     *,
     given: str,
+    stacks: Sequence[Stack],
+    has_defaults: bool,
     is_masked: bool,
 ) -> str:
     """Names the parameters, and for each kind of them the rules that could decide it.
@@ -29,6 +97,8 @@ def undecided_message(
       shapes: Shapes of all parameters by path.
       remedy: The argument that takes the missing rules, in place of "{rules}".
       given: What the rules are called that did not decide.
+      stacks: Stacks that would decide them, if they are that.
+      has_defaults: Whether default rules are among those that did not decide.
       is_masked: Whether part of the tree is masked away.
     """
     lines = [
@@ -40,26 +110,35 @@ def undecided_message(
     ]
     if len(undecided) > _MOST_PATHS:
         lines.append(f"  and {len(undecided) - _MOST_PATHS} more")
-    stack = _common_stack(undecided, shapes)
-    if stack is not None:
-        module, size = stack
-        where = f" under {module + '/'!r}" if module else ""
-        call = f"(*ox.stacked({_stack_pattern(module)!r}), *{given})"
+    if is_masked:
         lines += [
-            f"If the first axis of all {len(_below(module, shapes))} parameters"
-            f"{where}, of size {size}, counts layers, say so and pass",
-            f"  {remedy.format(rules=call)}",
-            "Otherwise put rules in front that say what the axes are.",
+            "Part of the tree is masked away (optax.partition, optax.masked), so "
+            "nothing beside a parameter counts as evidence. Decide on the whole tree: "
+            "pass axes=ox.infer_matrix_axes(params) where `axes` is an argument; give "
+            "what is masked the role 'frozen' where `rules` is one; or build the "
+            "groups inside ox.route.",
         ]
-    else:
-        lines.append("Put rules in front that say what the axes are.")
+        return "\n".join(lines)
+    if not has_defaults:
+        lines.append(
+            "No default rule is among `rules`: is *ox.DEFAULT_RULES missing at its end?"
+        )
+    for stack in stacks:
+        where = f" under {stack.module + '/'!r}" if stack.module else ""
+        call = f"({stack.call}, *{given})"
+        lines += [
+            f"If the {('first', 'second')[stack.axis]} axis of all {stack.count} "
+            f"parameters{where}, of size {stack.size}, counts layers, pass",
+            f"  {remedy.format(rules=call)}",
+        ]
     lines += [
-        "fan_in are the axes that the forward product sums over, fan_out those of its "
-        "outputs; axes in neither count copies, each a matrix or vector of its own.",
-        "The role 'hidden' goes to Muon, 'embedding', 'head', 'vector' and 'other' to "
-        "AdamW, 'frozen' stays as it is.",
+        f"{'Otherwise put' if stacks else 'Put'} rules in front that say what the axes "
+        "are. fan_in are those that the forward product sums over, fan_out those of "
+        "its outputs; axes in neither count copies, each a matrix or vector of its "
+        "own. The role 'hidden' goes to Muon, 'embedding', 'head', 'vector' and "
+        "'other' to AdamW, 'frozen' stays as it is.",
     ]
-    kinds = _kinds(undecided)
+    kinds = _kinds(undecided, shapes)
     rules = [f"rule_{index}" for index in range(1, len(kinds[:_MOST_KINDS]) + 1)]
     for name, (pattern, shape) in zip(rules, kinds, strict=False):
         for index, (axes, role, meaning) in enumerate(_suggestions(pattern, shape)):
@@ -73,26 +152,30 @@ def undecided_message(
     lines.append(f"and pass {remedy.format(rules=call)}.")
     if given == "rules":
         lines[-1] = lines[-1][:-1] + ", where `rules` are those that you pass now."
-    if is_masked:
-        lines.append(
-            "Part of the tree is masked away, so nothing beside a parameter counts as "
-            "evidence: pass `axes` explicitly, or use ox.route."
-        )
     return "\n".join(lines)
 
 
-def _kinds(undecided: Mapping[str, Shape]) -> list[tuple[str, Shape]]:
+def _kinds(
+    undecided: Mapping[str, Shape], shapes: Mapping[str, Shape]
+) -> list[tuple[str, Shape]]:
     """Patterns and shapes; parameters that differ only in numbers are one kind."""
     kinds: dict[tuple[str, Shape], list[str]] = {}
     for path, shape in undecided.items():
         kinds.setdefault((re.sub(r"\d+", "#", path), shape), []).append(path)
-    return [(_pattern(paths), shape) for (_, shape), paths in kinds.items()]
+    return [(_pattern(paths, shapes), shape) for (_, shape), paths in kinds.items()]
 
 
-def _pattern(paths: Sequence[str]) -> str:
-    """One regular expression for paths that differ only in numbers."""
-    parts = [paths[0]] if len(paths) == 1 else re.split(r"\d+", paths[0])
-    return "^" + r"\d+".join(map(re.escape, parts)) + "$"
+def _pattern(paths: Sequence[str], shapes: Mapping[str, Shape]) -> str:
+    """One regular expression for paths that differ only in numbers, and no others."""
+    numbers = zip(*(re.findall(r"\d+", path) for path in paths), strict=True)
+    texts = map(re.escape, re.split(r"\d+", paths[0]))
+    pattern = next(texts)
+    for column, text in zip(numbers, texts, strict=True):
+        pattern += (column[0] if len({*column}) == 1 else r"\d+") + text
+    matched = sum(bool(re.fullmatch(pattern, path)) for path in shapes)
+    if matched > len(paths):
+        pattern = f"({'|'.join(map(re.escape, paths))})"
+    return f"^{pattern}$"
 
 
 def _suggestions(pattern: str, shape: Shape) -> list[tuple[str, str, str]]:
@@ -141,38 +224,7 @@ def _suggestions(pattern: str, shape: Shape) -> list[tuple[str, str, str]]:
         return [whole, *suggestions[:1]]
     if rank == 3 and not re.search(r"kernel|weight", pattern):
         suggestions += [table, whole]
+    if shape[-2] == 1:
+        axes, _, _ = suggestions[0 if rank >= 4 and len({*shape[:-2]}) == 1 else 1]
+        suggestions.insert(0, (axes, "other", "a depthwise convolution"))
     return suggestions
-
-
-def _common_stack(
-    undecided: Mapping[str, Shape], shapes: Mapping[str, Shape]
-) -> tuple[str, int] | None:
-    """The outermost module of several parameters that all begin with the same axis.
-
-    The whole tree only if no module in it is one.
-    """
-    module = next(iter(undecided)).rpartition("/")[0]
-    best = None
-    while True:
-        below = _below(module, shapes)
-        sizes = {shape[:1] for shape in below.values()}
-        if len(sizes) > 1 or () in sizes:
-            break
-        if len(below) > 1 and (module or best is None):
-            best = module, next(iter(sizes))[0]
-        if not module:
-            break
-        module = module.rpartition("/")[0]
-    return best
-
-
-def _below(module: str, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    prefix = f"{module}/" if module else ""
-    return {path: shape for path, shape in shapes.items() if path.startswith(prefix)}
-
-
-def _stack_pattern(module: str) -> str:
-    """A pattern for everything under a module, and under others of its name."""
-    if not module:
-        return ""
-    return "^" + r"\d+".join(map(re.escape, re.split(r"\d+", module))) + "/"

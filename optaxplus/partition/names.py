@@ -35,10 +35,11 @@ __all__ = [
     "UNNAMED",
     "UNNAMED_ARRAY",
     "WEIGHT",
+    "WEIGHT_OR_W",
 ]
 
 
-def _ends(*names: str, suffix: str = "kernel|weight|w") -> str:
+def _ends(*names: str, suffix: str = "kernel|weights?|w") -> str:
     """Paths that end in one of `names`, or in an array in a module of that name."""
     return rf"(^|/)({'|'.join(names)})(/({suffix}))?$"
 
@@ -46,15 +47,17 @@ def _ends(*names: str, suffix: str = "kernel|weight|w") -> str:
 # Weights as libraries call them.
 KERNEL = r"(^|/)(kernel|w)$"
 WEIGHT = r"(^|/)weight$"
+WEIGHT_OR_W = r"/(weight|w)$"
 
 # Inputs and outputs of a model.
 _HEAD_ANYWHERE = _ends(
-    r"(?!([qkv]|query|key|value|multi|attn|attention|per|single)_head)(\w+_)?head",
+    r"(?!(multi|attn|attention|per|single)_head)(\w+_)?head",
     r"unembed\w*",
     "embed_out",
     "readout",
     r"classifier(/out_proj)?",
-    r"logit(?!s?_(scale|bias))\w*",
+    r"(\w+_)?logit(?!s?_(scale|bias))\w*",
+    "decoder_pred",
     "predictions/decoder",
     "lm_head/decoder",
     "class_embed",
@@ -67,7 +70,9 @@ _HEAD_AT_THE_TOP = (
     r"^(params/)?(output|output_layer|output_projection|fc|fc_out|proj_out|score)"
     r"/(kernel|weight|w)$"
 )
-HEAD = f"{_HEAD_ANYWHERE}|{_HEAD_AT_THE_TOP}"
+# The heads of an attention are none; value_head and the like are.
+_OF_ATTENTION = r"^(?!.*att\w*/(\w+/)*([qkv]|query|key|value)_head)"
+HEAD = rf"{_OF_ATTENTION}.*({_HEAD_ANYWHERE})|{_HEAD_AT_THE_TOP}"
 LAYER_EMBEDDING = r"(^|/)per_layer\w*_embeddings?(/\w+)?$"
 EMBEDDING = _ends(
     r"\w*embeddings?",
@@ -80,6 +85,8 @@ EMBEDDING = _ends(
     r"pos(ition(s|al)?)?(_enc\w*)?",
     r"(pos\w*|token|\w*_bias)_table",
     "attention_biases",
+    "scale_shift_table",
+    r"(persistent_)?memory",
     r"\w+_tokens?",
     "cls",
     "probe",
@@ -95,7 +102,7 @@ EMBEDDING = _ends(
 # The first convolution or dense layer of a vision model.
 PATCHES = (
     r"(^|/)(embedding|patch_?embed\w*(/proj\w*)?|\w*_embedder/proj\w*|patchify)"
-    r"/(kernel|w)$"
+    r"/(kernel|w|weight)$"
 )
 
 # Vectors.
@@ -106,9 +113,10 @@ NORM = _ends(
 )
 # The norm of a query or key may have a scale for every head.
 HEAD_NORM = r"(^|/)(q|k|query|key)_?(norm|ln)\w*(/\w+)?$"
-# Numbers for every channel, of recurrences (Mamba, RWKV) and of policies.
+# Numbers for every channel, of recurrences (Mamba, S4, S5, RWKV) and of policies.
 ELEMENTWISE = (
-    r"(^|/)(A_log|D|(\w+_)?log_?std|time_(mix\w*|decay|first|faaaa|maa_[a-z]))$"
+    r"(^|/)(A|D|A_log|log_A(_real)?|(inv_)?A_(re|im|real|imag)|log_(dt|step)"
+    r"|(\w+_)?log_?std|r_k|time_(mix\w*|decay|first|faaaa|maa_[a-z]))$"
 )
 
 # Attention.
@@ -126,15 +134,17 @@ FUSED = f"{FUSED_THIRDS}|" + _ends(r"\w*(qkv|query_key_value)\w*")
 GATES = r"(^|/)(dense_[ih]/kernel|weight_[ih]h|w_[ih])$"
 
 CONVOLUTION = (
-    r"(^|/)(?!Vmap)(\w*[Cc]onv(?!Local)|stem|downsample|shortcut|depthwise)\w*"
+    r"(^|/)(?!Vmap|Scan)(\w*[Cc]onv(?!Local)|stem|downsample|shortcut|depthwise)\w*"
     r"/(kernel|w)$"
 )
 
 # Anything in a container of experts, and what experts are called in a block of them.
 EXPERT = (
-    r"(^|/)((\w+_)?experts?(_\w+)?(/\w+){0,2}|we_(gate|up|down)(_\w+)?)$"
-    r"|(^|/)(\w*[Mm]oe\w*|GptOssMlp)(_\d+)?/(\w+/)?(wi(_\d)?|wo|[wv]\d|linear\w*"
-    r"|Dense_\d|(gate|up|down)(_proj)?|gate_up_proj|gating_einsum)(/(kernel|w)|_bias)?$"
+    r"^(?!.*(att|[Cc]onv|router)[^/]*/)(.*/)?("
+    r"(\w+_)?experts?(_\w+)?(/\w+){0,2}|we_(gate|up|down)(_\w+)?"
+    r"|((\w+_)?moe(_\w+)?|\w*Moe\w*|GptOssMlp)(_\d+)?/(\w+/)?(wi(_\d)?|wo|[wv]\d"
+    r"|linear\w*|Dense_\d|(gate|up|down)(_proj)?|gate_up_proj|gating_einsum)"
+    r"(/(kernel|w)|_bias)?)$"
 )
 EXPERT_BIAS = rf"^(?=.*({EXPERT})).*{BIAS}"
 ROUTER = _ends(

@@ -34,11 +34,13 @@ class Rule:
     Attributes:
       pattern: Regular expression, found anywhere (`re.search`) in the "/"-joined path
         of the parameter, such as "block_0/attn/query/kernel".
-      axes: The `MatrixAxes`, or a function (path, shape, siblings) -> `MatrixAxes`,
-        or None to decline. `siblings` maps the arrays beside the parameter ("bias")
-        and those below its module's parent ("../norm/scale", "../mlp/up/kernel") to
-        their shapes, itself included; it is empty where part of the tree is masked
-        away.
+      axes: The `MatrixAxes` of the whole shape (negative axes serve a stack as well as
+        one layer; of what is frozen any will do, such as `MatrixAxes((), ())`), or a
+        function (path, shape, siblings) that returns them, or None to leave the
+        parameter to the next rule. `siblings` maps the arrays beside the parameter
+        ("bias") and those below its module's parent ("../norm/scale",
+        "../mlp/up/kernel") to their shapes, itself included; it is empty where part of
+        the tree is masked away.
       role: "hidden" (weight matrices), "embedding", "head", "vector", "other",
         "frozen" (never updated), or a word of your own, which becomes the label.
       required: Whether it is an error that the pattern matches no parameter, so that
@@ -87,8 +89,8 @@ class Rule:
     def describe(self) -> str:
         """What tables call it: name or pattern, after that of the stack it is for."""
         if isinstance(self.axes, InStack):
-            return f"stacked({self.pattern!r}): {self.axes.rule.describe()}"
-        return self.name or repr(self.pattern)
+            return f"stacked {self.pattern}: {self.axes.rule.describe()}"
+        return self.name or self.pattern or "(any)"
 
 
 @dataclass(frozen=True)
@@ -109,14 +111,19 @@ def check_rules(function: str, rules: Any) -> tuple[Rule, ...]:
     if not isinstance(rules, Sequence) or isinstance(rules, str):
         raise TypeError(
             f"{function}: rules={rules!r} is not allowed; it must be a sequence of "
-            "Rule, such as (*mine, *optaxplus.DEFAULT_RULES)."
+            "Rule, such as (*mine, *ox.DEFAULT_RULES)."
         )
-    for rule in rules:
+    for index, rule in enumerate(rules):
+        if isinstance(rule, Sequence) and not isinstance(rule, str):
+            raise TypeError(
+                f"{function}: rules[{index}] is a {type(rule).__name__}, which is not "
+                "allowed; every entry must be a Rule. Put a star before it: "
+                "(*ox.stacked(...), *ox.DEFAULT_RULES)."
+            )
         if not isinstance(rule, Rule):
             raise TypeError(
                 f"{function}: rules={rule!r} is not allowed; every entry must be a "
-                "Rule. Put your own in front, each sequence with its star: "
-                "(*mine, *optaxplus.DEFAULT_RULES)."
+                "Rule, as in (*mine, *ox.DEFAULT_RULES)."
             )
     return tuple(rules)
 
@@ -148,27 +155,27 @@ def _default(name: str, pattern: str, axes: AxesFunction, role: str) -> Rule:
 DEFAULT_RULES: tuple[Rule, ...] = _NamedRules(
     "DEFAULT_RULES",
     (
-        _default("output head", names.HEAD, layouts.table, "head"),
+        _default("output head", names.HEAD, layouts.head, "head"),
         _default("table", names.LAYER_EMBEDDING, layouts.first_axis_in, "embedding"),
         _default("table", names.EMBEDDING, layouts.table, "embedding"),
         _default("patches", names.PATCHES, layouts.patches, "embedding"),
         _default("LoRA A", names.LORA_A, layouts.lora_a, "other"),
         _default("LoRA B", names.LORA_B, layouts.lora_b, "hidden"),
-        _default("router", names.ROUTER, layouts.matrix, "other"),
+        _default("router", names.ROUTER, layouts.router, "other"),
         _default("router", r"(^|/)gate(/kernel)?$", layouts.gate_of_experts, "other"),
         _default("elementwise", names.ELEMENTWISE, layouts.whole, "vector"),
         _default("scale", names.SCALE, layouts.last_axis, "vector"),
         _default("norm", names.NORM, layouts.norm, "vector"),
         _default("bias", names.BIAS, layouts.bias, "vector"),
         _default("experts", names.EXPERT_BIAS, layouts.expert_bias, "vector"),
+        _default("heads", names.ATTENTION_IN, layouts.attention_in, "hidden"),
+        _default("heads", names.ATTENTION_OUT, layouts.attention_out, "hidden"),
         _default("one channel", names.KERNEL, layouts.one_channel, "other"),
         _default("one channel", names.WEIGHT, layouts.torch_one_channel, "other"),
         _default("fused", names.FUSED, layouts.fused_projections, "hidden"),
         _default("gates", names.GATES, layouts.fused_gates, "hidden"),
         _default("kernel by bias", names.KERNEL, layouts.kernel, "hidden"),
         _default("weight by bias", names.WEIGHT, layouts.torch_weight, "hidden"),
-        _default("heads", names.ATTENTION_IN, layouts.attention_in, "hidden"),
-        _default("heads", names.ATTENTION_OUT, layouts.attention_out, "hidden"),
         _default("einsum", names.EINSUM_IN, layouts.einsum_in, "hidden"),
         _default("einsum", names.EINSUM_OUT, layouts.einsum_out, "hidden"),
         _default("einsum", names.EINSUM_GATES, layouts.einsum_gates, "hidden"),

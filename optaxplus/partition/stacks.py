@@ -65,11 +65,6 @@ class Neighbourhood(dict[str, Shape]):
     """
 
     @cached_property
-    def first_axes(self) -> set[Shape]:
-        """The sizes with which shapes begin."""
-        return {shape[:1] for shape in self.values()}
-
-    @cached_property
     def first_two_axes(self) -> set[Shape]:
         """The first two sizes of shapes of rank 3, as of experts (experts, in, out)."""
         return {shape[:2] for shape in self.values() if len(shape) == 3}
@@ -98,9 +93,15 @@ class Siblings(Mapping[str, Shape]):
       around: Those below the parent.
     """
 
-    def __init__(self, inside: Mapping[str, Shape], around: Neighbourhood):
+    def __init__(
+        self,
+        inside: Mapping[str, Shape],
+        around: Neighbourhood,
+        block: Mapping[str, Shape] | None = None,
+    ):
         self._inside = inside
         self.around = around
+        self._block = block or {}
 
     def __getitem__(self, name: str) -> Shape:
         return (self.around if name.startswith("../") else self._inside)[name]
@@ -111,28 +112,60 @@ class Siblings(Mapping[str, Shape]):
     def __len__(self) -> int:
         return len(self._inside) + len(self.around)
 
+    def is_single(self, path: str) -> bool:
+        """Whether a parameter of one of these modules is that of a single layer.
+
+        Its axes of layers have been taken off, or something in the same block has
+        neither its first nor its second axis.
+        """
+        whole = self._block.get(path)
+        if whole is None:
+            return False
+        if len(whole) > len(self._inside[path.rpartition("/")[2]]):
+            return True
+        return all(
+            any(other[axis : axis + 1] != whole[axis : axis + 1] for other in others)
+            for axis in (0, 1)
+            for others in (self._block.values(),)
+        )
+
 
 NO_SIBLINGS = Siblings({}, Neighbourhood())
 
 
-def siblings_of(shapes: Mapping[str, Shape]) -> dict[str, Siblings]:
-    """What is beside the parameters of every module, by the module's path."""
+def siblings_of(
+    shapes: Mapping[str, Shape], whole: Mapping[str, Shape] | None = None
+) -> dict[str, Siblings]:
+    """What is beside the parameters of every module, by the module's path.
+
+    Args:
+      shapes: Shape of every parameter, of one layer.
+      whole: The shapes with the axes that count layers; None if they are the same.
+    """
+    whole = shapes if whole is None else whole
     inside: dict[str, dict[str, Shape]] = {}
     below: dict[str, Neighbourhood] = {}
+    blocks: dict[str, dict[str, Shape]] = {}
     for path, shape in shapes.items():
         module, _, name = path.rpartition("/")
         inside.setdefault(module, {})[name] = shape
         below.setdefault(module, Neighbourhood())[f"../{name}"] = shape
+        blocks.setdefault(module, {})[path] = whole[path]
         while module:
             module = module.rpartition("/")[0]
             relative = path.removeprefix(f"{module}/") if module else path
             below.setdefault(module, Neighbourhood())[f"../{relative}"] = shape
-    return {
-        module: Siblings(
-            arrays, below[module.rpartition("/")[0]] if module else Neighbourhood()
+            blocks.setdefault(module, {})[path] = whole[path]
+    found = {}
+    for module, arrays in inside.items():
+        parent = module.rpartition("/")[0]
+        # The whole tree is no block: its parts need not belong together.
+        found[module] = Siblings(
+            arrays,
+            below[parent] if module else Neighbourhood(),
+            blocks[parent] if parent else None,
         )
-        for module, arrays in inside.items()
-    }
+    return found
 
 
 # What the parameters of one module say of each other
@@ -164,7 +197,7 @@ def readings_by_bias(kernel: Shape, bias: Shape) -> set[int]:
         return len(bias) < len(kernel) and kernel[len(kernel) - len(bias) :] == bias
 
     readings = {0} if is_layer(kernel, bias) else set()
-    if len(bias) >= 2 and bias[0] == kernel[0] and is_layer(kernel[1:], bias[1:]):
+    if len(bias) >= 2 and bias[:1] == kernel[:1] and is_layer(kernel[1:], bias[1:]):
         readings.add(1)
     return readings
 
@@ -304,7 +337,9 @@ def _excess_axes(shapes: Mapping[str, Shape]) -> int:
         if _is_norm(path, beside):
             count += max(len(shape) - 1, 0)
         elif bias is not None and not _fits_bias(name, shape, bias):
-            count += 1
+            stacks = range(1, len(bias))
+            fits = (n for n in stacks if _fits_bias(name, shape[n:], bias[n:]))
+            count += next(fits, 1)
         elif re.search(r"(^|/)(query|q_proj|q|wq)(/\w+)?$", path):
             count += max(len(shape) - 3, 0) if fits_as_heads(path, beside) else 0
         elif lora_factor(path) == "a" and (partner := lora_partner(path, beside)):

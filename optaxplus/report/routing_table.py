@@ -3,14 +3,19 @@
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from optaxplus.custom_types import PyTree
 from optaxplus.numerics.matrix_axes import MatrixAxes
 from optaxplus.partition import names
-from optaxplus.partition.inference import Decision, decide, label_of_role
+from optaxplus.partition.inference import (
+    Decision,
+    check_labels,
+    decide,
+    label_of_role,
+)
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
 from optaxplus.report.tables import format_table
 
@@ -33,6 +38,7 @@ class RoutingRow:
       rule: The rule that decided: its name, or its pattern; "in a stack" where the
         shapes prove that an axis counts layers.
       overruled: Rules of your own behind it that say otherwise.
+      layers: Axes that the shapes of the whole tree prove to count layers.
     """
 
     path: str
@@ -43,6 +49,7 @@ class RoutingRow:
     axes: MatrixAxes
     rule: str
     overruled: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -70,12 +77,13 @@ class RoutingRow:
             "axes": {name: list(value) for name, value in vars(self.axes).items()},
             "matrix": self.matrix,
             "overruled": list(self.overruled),
+            "layers": list(self.layers),
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RoutingTable:
-    """The rows of `explain_routing`; `str()` is the table.
+    """The rows of `explain_routing`; printed, also by a notebook, it is the table.
 
     Attributes:
       rows: One for every parameter, in the order of the tree's leaves.
@@ -120,15 +128,15 @@ class RoutingTable:
                 for label, count in sorted(self.parameters_by_label().items())
             ),
         ]
+        tables = {
+            row.shape[::-1]: row.path for row in self.rows if row.role == "embedding"
+        }
         for row in _folded(self.rows):
-            for rule in row.overruled:
-                lines.append(f"{row.path}: overruled, because it stands behind: {rule}")
-            if _looks_fused(row):
-                lines.append(
-                    f"{row.path}: one matrix, though its name says that several are "
-                    "stored side by side; give it a rule with `splits`."
-                )
+            lines += (f"{row.path}: {note}" for note in _notes(row, tables))
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def explain_routing(
@@ -141,8 +149,9 @@ def explain_routing(
     Print it once before training: a weight matrix that goes to the wrong optimizer, or
     is orthogonalized along the wrong axes, fails silently. Parameters that differ only
     in the numbers in their paths share a line: "block_{0-11}/mlp/up/kernel". Under the
-    table stand the totals, rules of your own that another one overruled, and fused
-    projections that nothing splits.
+    table stand the totals, and what to look at: rules of your own that another one
+    overruled or that take an axis of layers for one of a matrix, fused projections that
+    nothing splits, hidden matrices that have the shape of an output head.
 
     Args:
       params: Tree of arrays or `jax.ShapeDtypeStruct`s.
@@ -154,7 +163,7 @@ def explain_routing(
       not folded) and `to_dict()` are the data.
 
     Raises:
-      ValueError: As in `optaxplus.infer_matrix_axes`.
+      ValueError: As in `optaxplus.label_params`.
 
     Example:
       >>> import jax.numpy as jnp, optaxplus as ox
@@ -166,6 +175,7 @@ def explain_routing(
       dense/kernel  (4, 8)  float32  hidden  muon   (4 -> 8)  any matrix
       adamw: 8 parameters, muon: 32 parameters
     """
+    check_labels("explain_routing", labels, rules)
     decisions = decide("explain_routing", params, rules)
     return RoutingTable(tuple(_row(decision, labels) for decision in decisions))
 
@@ -183,6 +193,7 @@ def _row(decision: Decision, labels: Mapping[str, str] | None) -> RoutingRow:
         axes=decision.axes,
         rule=rule,
         overruled=tuple(rule.describe() for rule in decision.overruled),
+        layers=decision.layers,
     )
 
 
@@ -193,10 +204,33 @@ def _join(splits: Sequence[int]) -> str:
     return " | ".join(map(str, splits))
 
 
-def _looks_fused(row: RoutingRow) -> bool:
+def _notes(row: RoutingRow, tables: Mapping[tuple[int, ...], str]) -> Iterator[str]:
+    """What a reader should look at.
+
+    Args:
+      row: What was decided.
+      tables: Paths of embeddings by their shape the other way round.
+    """
     axes = row.axes
-    is_one = len(axes.fan_in) == len(axes.fan_out) == 1 and not axes.splits
-    return row.role == "hidden" and is_one and bool(re.search(names.FUSED, row.path))
+    for rule in row.overruled:
+        yield f"your rule {rule} also matches, but comes later than {row.rule}."
+    if taken := {*axes.fan_in, *axes.fan_out} & {*row.layers}:
+        yield (
+            f"axis {min(taken)} counts {row.shape[min(taken)]} layers, but the rule "
+            f"{row.rule} takes it for one of a matrix; negative axes leave it alone."
+        )
+    if row.role != "hidden":
+        return
+    if re.search(names.FUSED, row.path) and len(axes.fan_out) == 1 and not axes.splits:
+        yield (
+            "one matrix, though its name says that several are stored side by side; "
+            "give it a rule with `splits`."
+        )
+    if row.shape in tables:
+        yield (
+            f"has an output for every entry of {tables[row.shape]}; if it is the "
+            "output head, give it a rule with the role 'head'."
+        )
 
 
 def _shorten(rule: str) -> str:

@@ -50,8 +50,8 @@ def _matrix_axes_of(function: str, axes: Axes, tree: PyTree) -> PyTree:
         if not leaf_axes.is_matrix:
             raise ValueError(
                 f"{function}: parameter {path!r} of shape {leaf.shape} is not allowed; "
-                "it is a vector. Mask it away (optaxplus.muon gives it to AdamW), or "
-                "pass axes that make it a matrix."
+                "it is a vector. Give it the role 'vector' in muon's rules, mask "
+                "it away, or pass axes that make it a matrix."
             )
     return resolved
 

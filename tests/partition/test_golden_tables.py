@@ -29,7 +29,7 @@ _TRANSPOSED = tuple(
     Rule(rf"^{name}/up_bare/kernel$", MatrixAxes(tuple(range(rank)), (-1,)), "hidden")
     for name, rank in (("signal", 2), ("image", 3), ("volume", 4))
 )
-_HEAD_BY_ITS_PLACE = Rule(r"/linear_1/w$", MatrixAxes((0,), (1,)), "head")
+_HEAD_BY_ITS_PLACE = Rule(r"^transformer/linear_1/w$", MatrixAxes((0,), (1,)), "head")
 _PYTORCH = Rule(r"^layers/.*/w\w/weight$", MatrixAxes((1,), (0,)), "hidden")
 _PER_HEAD = (
     Rule(r"/(query|key|value)/kernel$", MatrixAxes((0,), (2,)), "hidden"),

@@ -266,7 +266,34 @@ def test_rules_whose_function_gives_nonsense():
         ox.infer_roles(abstract({"m/w": (2, 3)}), (rule,))
 
 
-@pytest.mark.parametrize("rules", [["w"], [DEFAULT_RULES], [MatrixAxes((0,), (1,))]])
+def test_a_forgotten_star_is_pointed_out():
+    tree = abstract({"w": (2, 3)})
+    for rules in ([DEFAULT_RULES], (ox.stacked("w"), *DEFAULT_RULES)):
+        with pytest.raises(TypeError, match=r"rules\[0\] is a .*Put a star before it"):
+            ox.infer_roles(tree, rules)
+
+
+def test_forgotten_defaults_are_pointed_out():
+    mine = (Rule("w", MatrixAxes((0,), (1,)), "hidden"),)
+    message = r"No default rule is among `rules`: is \*ox.DEFAULT_RULES missing"
+    with pytest.raises(ValueError, match=message):
+        ox.infer_roles(abstract({"w": (2, 3), "b": (3,)}), mine)
+
+
+def test_stacks_declared_behind_the_defaults_are_refused():
+    message = r"the rules of stacked\('l/'\) stand behind default rules"
+    with pytest.raises(ValueError, match=message):
+        ox.infer_roles(abstract({"l/w": (2, 3)}), (*DEFAULT_RULES, *ox.stacked("l/")))
+
+
+@pytest.mark.parametrize("function", [ox.label_params, ox.explain_routing])
+def test_labels_for_roles_that_there_are_not_are_refused(function):
+    message = rf"{function.__name__}: labels\['hiden'\] is not allowed; .*'hidden'"
+    with pytest.raises(ValueError, match=message):
+        function(abstract({"w": (2, 3)}), labels={"hiden": "muon"})
+
+
+@pytest.mark.parametrize("rules", [["w"], [MatrixAxes((0,), (1,))]])
 def test_things_that_are_no_rules(rules):
     with pytest.raises(TypeError, match=r"infer_roles: rules=.* must be a Rule"):
         ox.infer_roles(abstract({"w": (2, 3)}), rules)
@@ -304,7 +331,7 @@ def test_masked_trees_give_no_evidence():
     masked = {"m": {"kernel": kernel, "bias": optax.MaskedNode()}}
     assert axes_of("test", None, whole)["m"]["kernel"] == MatrixAxes((1,), (2,))
     message = (
-        r"(?s)test: no rule .*'m/kernel' of shape \(3, 4, 5\).*masked away.*`axes`"
+        r"(?s)test: no rule .*'m/kernel' of shape \(3, 4, 5\).*masked away.*axes=ox.inf"
     )
     with pytest.raises(ValueError, match=message):
         axes_of("test", None, masked)

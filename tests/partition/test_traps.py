@@ -58,7 +58,7 @@ TRAPS = {
     },
     "flat paths with dots": {
         "model.embed_tokens.weight": ((100, 32), ("embedding", (0,), (1,))),
-        "lm_head.weight": ((100, 32), ("head", (0,), (1,))),
+        "lm_head.weight": ((100, 32), ("head", (1,), (0,))),
         "model.layers.0.mlp.up.weight": ((64, 32), ("hidden", (1,), (0,))),
         "model.layers.0.mlp.up.bias": ((64,), VECTOR),
     },
@@ -136,12 +136,58 @@ TRAPS = {
         "logits_scale": ((), ("vector", (), ())),
         "logit_bias": ((31,), VECTOR),
         "logitdense/kernel": ((16, 31), ("head", (0,), (1,))),
-        "q_head/kernel": ((16, 31), ("hidden", (0,), (1,))),
+        "value_head/kernel": ((16, 1), ("head", (0,), (1,))),
+        "attn/q_head/kernel": ((16, 31), ("hidden", (0,), (1,))),
+        "action_logits/weights": ((16, 31), ("head", (0,), (1,))),
         "block/score/kernel": ((16, 31), ("hidden", (0,), (1,))),
     },
     "Haiku's weight and bias of a stack": {
         "lru/w": ((4, 16, 16), ("hidden", (1,), (2,))),
         "lru/b": ((4, 16), ("vector", (), (1,))),
+    },
+    "evidence beside heads and tables": {
+        "lm_head/kernel": ((64, 4, 1024), ("head", (0,), (1, 2))),
+        "lm_head/bias": ((4, 1024), ("vector", (), (0, 1))),
+        "head/kernel": ((3, 3, 64, 21), ("head", (0, 1, 2), (3,))),
+        "head/bias": ((21,), VECTOR),
+        "time_embed/weight": ((64, 32), ("hidden", (1,), (0,))),
+        "time_embed/bias": ((64,), VECTOR),
+        "patch_embedding/weight": ((96, 3, 16, 16), ("embedding", (1, 2, 3), (0,))),
+        "patch_embedding/bias": ((96, 1, 1), ("vector", (), (0, 1, 2))),
+    },
+    "a stack of convolutions among strangers": {
+        "convs/kernel": ((4, 3, 3, 64, 64), ERROR),
+        "linear/kernel": ((64, 10), ("hidden", (0,), (1,))),
+    },
+    "a stack of convolutions along the second axis": {
+        "layers/Conv_0/kernel": ((3, 7, 3, 8, 32), ERROR),
+        "layers/up/kernel": ((8, 7, 5), ERROR),
+        "layers/down/kernel": ((5, 7, 8), ERROR),
+    },
+    "a stack in a stack beside a convolution": {
+        "layers/moe/up/kernel": ((4, 8, 64, 128), ("hidden", (2,), (3,))),
+        "layers/moe/up/bias": ((4, 8, 128), ("vector", (), (2,))),
+        "layers/conv/kernel": ((4, 3, 64, 64), ("hidden", (1, 2), (3,))),
+    },
+    "query, key and value of three heads": {
+        "attn/qkv/kernel": ((192, 3, 3, 64), ERROR),
+        "attn/qkv/bias": ((3, 3, 64), ERROR),
+    },
+    "routers in a stack that nothing proves": {
+        "layers/experts/router/kernel": ((6, 64, 8), ERROR),
+        "moe_layer/attn/wo/kernel": ((4, 16, 64), ERROR),
+        "memoe/w1": ((4, 16, 64), ERROR),
+    },
+    "transposed convolutions of Haiku": {
+        "conv2_d_transpose/w": ((4, 4, 32, 64), ("hidden", (0, 1, 3), (2,))),
+    },
+    "a layer called norm": {
+        "cond_norm/w": ((32, 64), ERROR),
+        "rms_norm/weight": ((64,), VECTOR),
+    },
+    "nonsense": {
+        "m/kernel": ((), ("vector", (), ())),
+        "m/bias": ((3, 4), ERROR),
     },
     "unusual biases": {
         "attn/gating_b": ((4, 16), ERROR),

@@ -38,7 +38,7 @@ def test_every_parameter_has_its_line():
         "qkv": ("muon", "(8 -> 8 | 8 | 8)"),
         "wte/embedding": ("adamw", "(16 -> 8)"),
     }
-    assert rows["qkv"].rule == "'^qkv$'"
+    assert rows["qkv"].rule == "^qkv$"
     assert rows["blocks/kernel"].rule == "any matrix in a stack"
     assert rows["qkv"].dtype == "float32"
     assert rows["wte/embedding"].role == "embedding"
@@ -123,13 +123,13 @@ def test_overruled_rules_are_shown():
     same = ox.Rule("up$", ox.MatrixAxes((-2,), (-1,)), "frozen", name="the same")
     tree = {f"block_{i}": {"up": jnp.ones((4, 8))} for i in range(2)}
     table = ox.explain_routing(tree, (first, second, same, *ox.DEFAULT_RULES))
-    assert [row.overruled for row in table.rows] == [("'block_[01]/'",)] * 2
+    assert [row.overruled for row in table.rows] == [("block_[01]/",)] * 2
     assert str(table).splitlines()[-1] == (
-        "block_{0-1}/up: overruled, because it stands behind: 'block_[01]/'"
+        "block_{0-1}/up: your rule block_[01]/ also matches, but comes later than up$."
     )
     # A default rule that decided first is shown like any other.
     behind = ox.explain_routing(tree, (*ox.DEFAULT_RULES, first))
-    assert [row.overruled for row in behind.rows] == [("'up$'",)] * 2
+    assert [row.overruled for row in behind.rows] == [("up$",)] * 2
 
 
 def test_the_default_rules_are_there_to_be_overruled():
@@ -148,6 +148,31 @@ def test_fused_projections_as_one_matrix_are_pointed_out():
     assert "one matrix" not in str(ox.explain_routing(tree, (rule,)))
 
 
+def test_axes_of_layers_taken_for_those_of_a_matrix_are_pointed_out():
+    tree = {"l": {"up": jnp.ones((3, 4, 8)), "norm": {"scale": jnp.ones((3, 5))}}}
+    rule = ox.Rule("up$", ox.MatrixAxes((0,), (2,)), "hidden")
+    table = ox.explain_routing(tree, (rule, *ox.DEFAULT_RULES))
+    note = "l/up: axis 0 counts 3 layers, but the rule up$ takes it for one of a matrix"
+    assert str(table).splitlines()[-1].startswith(note)
+    negative = ox.Rule("up$", ox.MatrixAxes((-2,), (-1,)), "hidden")
+    table = ox.explain_routing(tree, (negative, *ox.DEFAULT_RULES))
+    assert "counts 3 layers" not in str(table)
+    assert table.rows[-1].matrix == "3 x (4 -> 8)"
+
+
+def test_what_has_the_shape_of_an_output_head_is_pointed_out():
+    tree = {"wte": jnp.ones((31, 8)), "out": {"kernel": jnp.ones((8, 31))}}
+    note = "out/kernel: has an output for every entry of wte; if it is the output head"
+    assert str(ox.explain_routing(tree)).splitlines()[-1].startswith(note)
+    tree = {"wte": jnp.ones((31, 8)), "lm_head": {"kernel": jnp.ones((8, 31))}}
+    assert "for every entry" not in str(ox.explain_routing(tree))
+
+
+def test_a_table_shows_itself():
+    table = ox.explain_routing(PARAMS, RULES)
+    assert repr(table) == str(table)
+
+
 def test_data_is_json():
     data = json.loads(json.dumps(ox.explain_routing(PARAMS, RULES).to_dict()))
     (row,) = [row for row in data["parameters"] if row["path"] == "blocks/kernel"]
@@ -161,4 +186,5 @@ def test_data_is_json():
         "matrix": "3 x (8 -> 32)",
         "rule": "any matrix in a stack",
         "overruled": [],
+        "layers": [0],
     }

@@ -322,7 +322,7 @@ class TestParameters:
     def test_vectors_are_refused(self, function):
         message = (
             rf"{function.__name__}: parameter 'd/bias' of shape \(3,\) is not allowed; "
-            "it is a vector. Mask it away"
+            "it is a vector. Give it the role"
         )
         params = {"d": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
         with pytest.raises(ValueError, match=message):
