@@ -106,8 +106,8 @@ PATCHES = (
 )
 
 # Vectors.
-BIAS = r"(^|/)(\w+_)?(bias|b|beta|offset|shift)$"
-SCALE = r"(^|/)(\w+_)?(scale|gain|gamma)$"
+BIAS = r"(^|/)(\w+_)?(bias|b|beta|offset|shift)_?\d*$"
+SCALE = r"(^|/)(\w+_)?(scale|gain|gamma)_?\d*$"
 NORM = _ends(
     r"(?!\w*(proj|linear|dense))\w*norm\w*", r"ln(_?\d+|_\w+)?", suffix="weight|w"
 )

@@ -189,6 +189,11 @@ TRAPS = {
         "m/kernel": ((), ("vector", (), ())),
         "m/bias": ((3, 4), ERROR),
     },
+    "numbered vectors of a stack": {
+        "layers/gamma2": ((48, 8), ("vector", (), (1,))),
+        "layers/b1": ((48, 8), ERROR),
+        "mlp/b1": ((8,), VECTOR),
+    },
     "unusual biases": {
         "attn/gating_b": ((4, 16), ERROR),
         "grn/grn_beta": ((1, 1, 1, 64), ("vector", (), (0, 1, 2, 3))),
