@@ -160,8 +160,12 @@ LORA = (
     r"(?P<factor>[abAB])(?P<rest>([./](kernel|weight|w))?)$"
 )
 LORA_A, LORA_B = (LORA.replace("[abAB]", letters) for letters in ("[aA]", "[bB]"))
-# Something called LoRA that is no known factor is for the reader to say.
-LORA_BASE = r"/base(_\w+)?/|^(?!(.*/)?\w*(lora|LoRA|Lora)[\w.]*(/[^/]+){0,2}$)"
+# An array called LoRA, or one in a module called like a factor, that is none of those
+# is for the reader to say. A module such as LoRADense_0 has a base as any other.
+LORA_BASE = (
+    rf"^(?!.*({LORA}))(?!(.*/)?[^/]*[lL]o[rR][aA][^/]*$)"
+    r"(?!(.*/)?(\w*_)?lora(_kernel)?_[abAB](_\w+)?(/[^/]+){1,2}$)"
+)
 
 # What is left. A bias of several axes that nothing decided is no matrix.
 UNNAMED = rf"^(?!.*{BIAS})"

@@ -89,6 +89,17 @@ def test_a_model_without_factors_is_not_frozen_whole():
         ox.muon(0.1, rules=LORA_RULES).init({"w": jnp.ones((2, 3))})
 
 
+@pytest.mark.parametrize(
+    "module", ["LoRADense_0", "lora_layers/0", "up/lora/base_module", "LoraLinear_3"]
+)
+def test_the_base_beside_factors_is_frozen_whatever_its_module_is_called(module):
+    tree = abstract(
+        {f"{module}/kernel": (12, 20), "lora_a": (12, 2), "lora_b": (2, 20)}
+    )
+    roles = routing(tree, LORA_RULES)
+    assert roles[f"{module}/kernel"][0] == "frozen"
+
+
 def test_an_undecided_factor_is_not_frozen():
     # Neither (5, 12) -> 2 nor five times (12 -> 2) without its B beside it.
     tree = abstract({"lora_a": (5, 12, 2), "m/lora_b": (2, 3)})
