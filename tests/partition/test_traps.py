@@ -1,5 +1,6 @@
 """Names and shapes of public code that a careless rule gets silently wrong."""
 
+import pickle
 import re
 
 import pytest
@@ -236,6 +237,25 @@ def test_a_factor_of_unknown_spelling_is_not_frozen():
     with pytest.raises(ValueError, match="no rule decides") as of_muon:
         ox.muon(0.1, rules=LORA_RULES).init(abstract(shapes))
     assert str(of_muon.value) == message.replace("infer_roles", "muon", 1)
+
+
+def test_copies_of_the_default_rules_decide_alike():
+    # A router that cannot be read stops the default rules, and copies of them.
+    tree = abstract({"layers/experts/router/kernel": (6, 64, 8)})
+    for rules in (pickle.loads(pickle.dumps(DEFAULT_RULES)), list(DEFAULT_RULES)):
+        with pytest.raises(ValueError, match="no rule decides"):
+            ox.infer_roles(tree, rules)
+
+
+def test_functions_without_a_hash_may_be_axes():
+    class Axes(dict):
+        def __call__(self, path, shape, siblings):
+            return MatrixAxes((1,), (2,))
+
+    tree = abstract({"mixer": (2, 3, 4)})
+    mine = Rule("mixer", Axes(), "hidden")
+    for rules in ((mine, *DEFAULT_RULES), (*DEFAULT_RULES, mine)):
+        assert routing(tree, rules)["mixer"] == ("hidden", (1,), (2,))
 
 
 def test_advice_keeps_rules_of_ones_own():
