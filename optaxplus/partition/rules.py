@@ -69,7 +69,7 @@ class Rule:
 
     def __post_init__(self):
         try:
-            re.compile(self.pattern)
+            re.search(self.pattern, "")
         except (re.error, TypeError) as error:
             raise ValueError(
                 f"Rule: pattern={self.pattern!r} is not allowed; it must be a regular "
@@ -85,6 +85,7 @@ class Rule:
                 f"Rule: role={self.role!r} is not allowed; it must be a word, such as "
                 "'hidden', 'embedding', 'head', 'vector', 'other' or 'frozen'."
             )
+        validation.check_flag("Rule", required=self.required, per_layer=self.per_layer)
 
     def describe(self) -> str:
         """What tables call it: name or pattern, after that of the stack it is for."""

@@ -123,10 +123,10 @@ class Siblings(Mapping[str, Shape]):
             return False
         if len(whole) > len(self._inside[path.rpartition("/")[2]]):
             return True
+        others = self._block.values()
         return all(
             any(other[axis : axis + 1] != whole[axis : axis + 1] for other in others)
             for axis in (0, 1)
-            for others in (self._block.values(),)
         )
 
 

@@ -178,7 +178,25 @@ def test_negative_axes_are_resolved():
     assert infer_matrix_axes(tree, (rule,)) == {"w": MatrixAxes((1,), (2,))}
 
 
-@pytest.mark.parametrize("pattern", ["(", "*w", None, 3])
+def test_rules_of_ones_own_may_speak_of_one_layer():
+    shapes = {"layers/query/kernel": (5, 12, 3, 4), "layers/norm/scale": (5, 12)}
+    shapes["layers/down/kernel"] = (5, 20, 12)
+    per_head = Rule("query/kernel$", MatrixAxes((0,), (2,)), "hidden", per_layer=True)
+    rules = (per_head, *DEFAULT_RULES)
+    table = routing(abstract(shapes), rules)
+    assert table["layers/query/kernel"] == ("hidden", (1,), (3,))
+    # Nothing proves a stack of a single kernel, so it is the whole shape there.
+    alone = routing(abstract({"query/kernel": (12, 3, 4)}), rules)
+    assert alone == {"query/kernel": ("hidden", (0,), (2,))}
+
+
+@pytest.mark.parametrize("argument", ["required", "per_layer"])
+def test_flags_that_are_none_are_refused(argument: str):
+    with pytest.raises(TypeError, match=f"Rule: {argument}='x' is not allowed"):
+        Rule("w", IN_OUT, "hidden", **{argument: "x"})
+
+
+@pytest.mark.parametrize("pattern", ["(", "*w", None, 3, b"w"])
 def test_patterns_that_are_no_regular_expression_are_refused(pattern):
     message = rf"Rule: pattern={re.escape(repr(pattern))} is not allowed; .* regular"
     with pytest.raises(ValueError, match=message):
