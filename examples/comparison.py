@@ -9,6 +9,7 @@ import argparse
 import datetime
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,15 @@ def headline(runs: dict[str, Run]) -> str:
     return "; ".join(parts) or "Validation loss"
 
 
+def curve_style(index: int, points: int) -> dict[str, Any]:
+    """How the curve of a run is drawn, to be told from others without colour."""
+    return {
+        "linestyle": ("-", "--", "-.", ":")[index % 4],
+        "marker": "osv^Dx*P"[index % 8],
+        "markevery": max(1, points // 10),
+    }
+
+
 def plot(runs: dict[str, Run], path: Path) -> None:
     """Draws the validation losses over steps and over seconds."""
     matplotlib.use("Agg")
@@ -123,12 +133,8 @@ def plot(runs: dict[str, Run], path: Path) -> None:
         steps, losses = zip(*run.validation, strict=True)
         # The first steps would squeeze the part that matters.
         shown += losses[len(losses) // 5 :]
-        style = {
-            "linestyle": ("-", "--", "-.", ":")[index % 4],
-            "marker": "osv^Dx*P"[index % 8],
-            "markevery": max(1, len(losses) // 10),
-            "label": f"{name}, learning rate {run.settings['learning_rate']:g}",
-        }
+        style = curve_style(index, len(losses))
+        style["label"] = f"{name}, learning rate {run.settings['learning_rate']:g}"
         axes[0].plot(steps, losses, **style)
         axes[1].plot(run.validation_seconds, losses, **style)
     best = adamw_best(runs)
@@ -147,15 +153,29 @@ def plot(runs: dict[str, Run], path: Path) -> None:
     plt.close(figure)
 
 
+def empty_table(title: str, first: str, *numbers: str) -> Table:
+    """A table of results: a column of names, and columns of numbers."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0))
+    table.add_column(first, no_wrap=True)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def print_best_sample(runs: Iterable[Run], kind: str, console: Console) -> None:
+    """Prints what the best of the models that wrote a sample has written."""
+    written = [run for run in runs if run.sample]
+    if written:
+        best = min(written, key=lambda run: run.validation[-1][1])
+        console.rule(f"{kind} by the model of {best.optimizer}", align="left")
+        print(best.sample)
+
+
 def print_results(runs: dict[str, Run], console: Console) -> None:
     """Prints the table of results and a sample from the best model."""
-    table = Table(
-        title="Results; losses in nats per byte of the validation text",
-        box=SIMPLE_HEAD,
-        padding=(0, 0),
-    )
-    table.add_column("optimizer", no_wrap=True)
-    for title in (
+    table = empty_table(
+        "Results; losses in nats per byte of the validation text",
+        "optimizer",
         "learning\nrate",
         "steps",
         "final\nloss",
@@ -164,8 +184,7 @@ def print_results(runs: dict[str, Run], console: Console) -> None:
         "\nat second",
         "\ntokens/s",
         "\nseconds",
-    ):
-        table.add_column(title, justify="right", no_wrap=True)
+    )
     for name, run in runs.items():
         losses = [loss for _, loss in run.validation]
         steps, seconds = steps_to_adamw_best(run, runs)
@@ -181,8 +200,4 @@ def print_results(runs: dict[str, Run], console: Console) -> None:
             f"{run.seconds:.0f}",
         )
     console.print(table)
-    written = [run for run in runs.values() if run.sample]
-    if written:
-        best = min(written, key=lambda run: run.validation[-1][1])
-        console.rule(f"code written by the model of {best.optimizer}", align="left")
-        print(best.sample)
+    print_best_sample(runs.values(), "code written", console)

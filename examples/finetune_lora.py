@@ -33,14 +33,12 @@ import matplotlib
 import numpy as np
 import optax
 import train_gpt
-from comparison import device, versions
+from comparison import curve_style, device, empty_table, print_best_sample, versions
 from flax.training.train_state import TrainState
 from gpt import GPT, GPTConfig, generate, next_token_loss
 from lora import base_params, factor_params, init_lora, is_identical, merge_lora
 from matplotlib import pyplot as plt
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from text import Text, python_manual, standard_library, validation_batches
 from train_gpt import Recipe, Task, Trainer, adamw, build_optimizer, positive
 from training_run import Checkpoints, Interruption, Run
@@ -336,12 +334,8 @@ def plot(outcomes: dict[str, Outcome], path: Path) -> None:
     matplotlib.use("Agg")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     for index, (name, outcome) in enumerate(outcomes.items()):
-        style = {
-            "linestyle": ("-", "--", "-.", ":")[index % 4],
-            "marker": "osv^Dx*P"[index % 8],
-            "markevery": max(1, len(outcome.run.validation) // 10),
-            "label": f"{name}: {outcome.trained_parameters:,} parameters",
-        }
+        style = curve_style(index, len(outcome.run.validation))
+        style["label"] = f"{name}: {outcome.trained_parameters:,} parameters"
         for axis, curve in zip(
             axes, (outcome.run.validation, outcome.other_validation), strict=True
         ):
@@ -363,13 +357,9 @@ def plot(outcomes: dict[str, Outcome], path: Path) -> None:
 
 def print_results(outcomes: dict[str, Outcome], console: Console) -> None:
     """Prints the table of results and a sample from the best model."""
-    table = Table(
-        title="Results; validation losses in nats per byte",
-        box=SIMPLE_HEAD,
-        padding=(0, 0),
-    )
-    table.add_column("method", no_wrap=True)
-    for title in (
+    table = empty_table(
+        "Results; validation losses in nats per byte",
+        "method",
         "learning\nrate",
         "new text\nbefore",
         "\nafter",
@@ -378,8 +368,7 @@ def print_results(outcomes: dict[str, Outcome], console: Console) -> None:
         "trained\nparams",
         "bytes\nof state",
         "\nseconds",
-    ):
-        table.add_column(title, justify="right", no_wrap=True)
+    )
     for name, outcome in outcomes.items():
         new, old = outcome.run.validation, outcome.other_validation
         table.add_row(
@@ -391,11 +380,8 @@ def print_results(outcomes: dict[str, Outcome], console: Console) -> None:
             f"{outcome.run.seconds:.0f}",
         )
     console.print(table)
-    runs = [outcome.run for outcome in outcomes.values() if outcome.run.sample]
-    if runs:
-        best = min(runs, key=lambda run: run.validation[-1][1])
-        console.rule(f"written by the model of {best.optimizer}", align="left")
-        print(best.sample)
+    runs = (outcome.run for outcome in outcomes.values())
+    print_best_sample(runs, "written", console)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
