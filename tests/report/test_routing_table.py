@@ -168,6 +168,13 @@ def test_what_has_the_shape_of_an_output_head_is_pointed_out():
     assert "for every entry" not in str(ox.explain_routing(tree))
 
 
+def test_many_equal_splits_are_counted():
+    axes = ox.MatrixAxes((0,), (1,), splits=(16,) * 6)
+    rule = ox.Rule("heads$", axes, "hidden")
+    (row,) = ox.explain_routing({"heads": jnp.ones((8, 96))}, (rule,)).rows
+    assert row.matrix == "(8 -> 6 of 16)"
+
+
 def test_a_table_shows_itself():
     table = ox.explain_routing(PARAMS, RULES)
     assert repr(table) == str(table)
