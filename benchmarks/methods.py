@@ -197,10 +197,48 @@ METHODS = (
         "transformers; AdamW for what is not a hidden matrix",
         "models without large matrices",
     ),
+    Method(
+        "normuon",
+        ox.normuon(0.1),
+        arxiv("2510.05491"),
+        "Muon whose neurons learn at one pace",
+        "models without large matrices",
+    ),
+    Method(
+        "adamuon",
+        ox.adamuon(0.1),
+        arxiv("2507.11005"),
+        "Muon with a second moment for every entry",
+        "AdamW's 8 bytes are too many",
+    ),
+    Method(
+        "scion",
+        ox.scion(0.1),
+        arxiv("2502.07529"),
+        "Muon without AdamW: 4 bytes everywhere, weights bounded by layer, learning "
+        "rates meant to carry over from narrow models",
+        "radii cannot be tuned on a small model; fine-tuning of weights outside the "
+        "balls",
+    ),
+    Method(
+        "dion(rank_fraction=0.25)",
+        ox.dion(0.1, rank_fraction=0.25),
+        arxiv("2504.05295"),
+        "matrices so large that Muon's products cost too much",
+        "one device, where Muon is faster",
+    ),
 )
 
 # Around an optimizer or a direction; the state beside that of what is inside.
 WRAPPERS = (
+    Method(
+        "qk_clip",
+        optax.identity(),
+        arxiv("2507.20534"),
+        "attention logits that grow under Muon; called on the parameters after the "
+        "step",
+        "models that normalise queries and keys: nothing to clip",
+    ),
     Method(
         "lookahead",
         ox.lookahead(ox.sgd(0.1)),

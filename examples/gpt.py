@@ -17,6 +17,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,6 +79,7 @@ class Block(nn.Module):
     """One transformer block: causal attention, then the MLP, each pre-normalised."""
 
     config: GPTConfig
+    attention_fn: Callable[..., jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -86,16 +88,26 @@ class Block(nn.Module):
             num_heads=self.config.heads,
             use_bias=False,
             out_kernel_init=_residual_init(self.config.depth),
+            attention_fn=self.attention_fn or nn.dot_product_attention,
             name="attention",
         )
-        x = x + attention(nn.LayerNorm(name="attention_norm")(x), mask=mask)
+        y = nn.LayerNorm(name="attention_norm")(x)
+        # Flax gives a function that is to sow the module to do so.
+        x = x + attention(y, mask=mask, sow_weights=self.attention_fn is not None)
         return x + MLP(self.config, name="mlp")(nn.LayerNorm(name="mlp_norm")(x))
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer over tokens."""
+    """A decoder-only transformer over tokens.
+
+    Attributes:
+        config: Its sizes.
+        attention_fn: What computes the attention in place of Flax's
+            `dot_product_attention`; called with `module`, into which it may sow.
+    """
 
     config: GPTConfig
+    attention_fn: Callable[..., jax.Array] | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -125,7 +137,8 @@ class GPT(nn.Module):
         x = token_embedding(tokens) + position_embedding(jnp.arange(tokens.shape[1]))
         mask = nn.make_causal_mask(tokens)
         for index in range(config.depth):
-            x = Block(config, name=f"block_{index}")(x, mask)
+            block = Block(config, self.attention_fn, name=f"block_{index}")
+            x = block(x, mask)
         x = nn.LayerNorm(name="final_norm")(x)
         # Small logits: before training, every token is as likely as any other.
         init = nn.initializers.normal(0.02)

@@ -199,22 +199,20 @@ class Trainer:
 
     def _compile(self, state: TrainState, run: Run) -> Callable[..., Any]:
         """Compiles the training step before the clock of the run starts."""
-
-        def train_step(
-            state: TrainState, windows: jax.Array
-        ) -> tuple[TrainState, jax.Array]:
-            loss, grads = jax.value_and_grad(self._loss)(state.params, windows)
-            return state.apply_gradients(grads=grads), loss
-
         start = time.perf_counter()
         windows = self.task.batch(0)
         # The old state is donated: the new one takes its memory.
-        jitted = jax.jit(train_step, donate_argnums=0)
+        jitted = jax.jit(self._train_step, donate_argnums=0)
         compiled = jitted.lower(state, windows).compile()
         # The first call is slow; it is made with a copy, because of the donation.
         jax.block_until_ready(compiled(jax.tree.map(jnp.copy, state), windows))
         run.compile_seconds += time.perf_counter() - start
         return compiled
+
+    def _train_step(self, state: TrainState, windows: jax.Array) -> tuple[Any, Any]:
+        """Takes one step; gives back the new state and the loss before it."""
+        loss, grads = jax.value_and_grad(self._loss)(state.params, windows)
+        return state.apply_gradients(grads=grads), loss
 
     def _validate(self, state: TrainState, run: Run) -> None:
         """Measures the validation loss and prints a line."""

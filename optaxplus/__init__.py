@@ -12,9 +12,13 @@ from optaxplus.optimizers.adaptive import adam, adamw, amsgrad, nadam, radam
 from optaxplus.optimizers.averaged import ranger
 from optaxplus.optimizers.blockwise import adam_mini
 from optaxplus.optimizers.classical import adagrad, rmsprop, sgd
+from optaxplus.optimizers.dion import dion
 from optaxplus.optimizers.factored import adafactor, came
 from optaxplus.optimizers.layerwise import lamb, lars
-from optaxplus.optimizers.matrix import muon
+from optaxplus.optimizers.muon import muon
+from optaxplus.optimizers.muon_variants import adamuon, normuon
+from optaxplus.optimizers.qk_clip import qk_clip
+from optaxplus.optimizers.scion import scion
 from optaxplus.optimizers.sign import lion, signum
 from optaxplus.optimizers.variance_reduced import mars
 from optaxplus.partition.inference import (
@@ -52,6 +56,7 @@ from optaxplus.transforms.centralization import centralize
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.clipping import clip_by_global_norm, clip_update_rms
 from optaxplus.transforms.confidence import ScaleByConfidenceState, scale_by_confidence
+from optaxplus.transforms.dion import ScaleByDionState, scale_by_dion
 from optaxplus.transforms.factored import FactoredRmsState, factored_rms
 from optaxplus.transforms.layerwise import scale_by_param_rms, trust_ratio
 from optaxplus.transforms.momentum import (
@@ -59,6 +64,13 @@ from optaxplus.transforms.momentum import (
     ScaleByMomentumState,
     scale_by_ema,
     scale_by_momentum,
+)
+from optaxplus.transforms.norm_lmo import scale_by_norm_lmo
+from optaxplus.transforms.normalized import (
+    NormalizeNeuronsState,
+    ScaleByAdamuonState,
+    normalize_neurons,
+    scale_by_adamuon,
 )
 from optaxplus.transforms.orthogonalized import (
     orthogonalize_via_newton_schulz,
@@ -81,15 +93,18 @@ __all__ = [
     "MarsCorrectionState",
     "MatrixAxes",
     "MemoryReport",
+    "NormalizeNeuronsState",
     "RoutingTable",
     "Rule",
     "ScaleByAdagradState",
     "ScaleByAdamMiniState",
     "ScaleByAdamState",
+    "ScaleByAdamuonState",
     "ScaleByAdanState",
     "ScaleByAdemamixState",
     "ScaleByAdoptState",
     "ScaleByConfidenceState",
+    "ScaleByDionState",
     "ScaleByEmaState",
     "ScaleByLionState",
     "ScaleByMomentumState",
@@ -102,6 +117,7 @@ __all__ = [
     "adagrad",
     "adam",
     "adam_mini",
+    "adamuon",
     "adamw",
     "adan",
     "ademamix",
@@ -115,6 +131,7 @@ __all__ = [
     "clip_update_rms",
     "decay_mask",
     "descend",
+    "dion",
     "explain_routing",
     "factored_rms",
     "infer_matrix_axes",
@@ -129,9 +146,12 @@ __all__ = [
     "memory_report",
     "muon",
     "nadam",
+    "normalize_neurons",
+    "normuon",
     "numerics",
     "orthogonalize_via_newton_schulz",
     "partition",
+    "qk_clip",
     "radam",
     "ranger",
     "rmsprop",
@@ -139,20 +159,24 @@ __all__ = [
     "scale_by_adagrad",
     "scale_by_adam",
     "scale_by_adam_mini",
+    "scale_by_adamuon",
     "scale_by_adan",
     "scale_by_ademamix",
     "scale_by_adopt",
     "scale_by_confidence",
+    "scale_by_dion",
     "scale_by_ema",
     "scale_by_lion",
     "scale_by_matrix_shape",
     "scale_by_momentum",
     "scale_by_nadam",
+    "scale_by_norm_lmo",
     "scale_by_param_rms",
     "scale_by_radam",
     "scale_by_rmsprop",
     "scale_by_sign",
     "scale_by_stable_adam",
+    "scion",
     "sgd",
     "signum",
     "stable_adamw",

@@ -23,6 +23,7 @@ __all__ = [
     "check_epsilon",
     "check_flag",
     "check_floating_dtype",
+    "check_fraction",
     "check_int",
     "check_learning_rate",
     "check_non_negative",
@@ -111,6 +112,11 @@ def check_positive(function: str, **values: Any) -> None:
 
 def check_decay_rate(function: str, **values: Any) -> None:
     """Refuses decay rates of moving averages outside [0, 1)."""
+    check_below_one(function, **values)
+
+
+def check_below_one(function: str, **values: Any) -> None:
+    """Refuses numbers outside [0, 1)."""
     for argument, value in values.items():
         _check_number(
             function, argument, value, lambda x: 0 <= x < 1, "a number in [0, 1)"
@@ -159,18 +165,33 @@ def check_int(function: str, *, minimum: int, **values: Any) -> None:
     message says how to keep `optax.inject_hyperparams` from tracing it.
     """
     for argument, value in values.items():
-        if isinstance(value, jax.Array):
-            raise TypeError(
-                f"{function}: {argument} shapes the compiled program and must be a "
-                f"Python integer, but it is an array ({value}). Under "
-                "optax.inject_hyperparams pass "
-                f"static_args=({argument!r},)."
-            )
+        _refuse_array(function, argument, value, "a Python integer")
         allowed = f"it must be an integer >= {minimum}"
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             _refuse(TypeError, function, argument, value, allowed)
         if int(value) < minimum:
             _refuse(ValueError, function, argument, value, allowed)
+
+
+def check_fraction(function: str, **values: Any) -> None:
+    """Refuses anything but a Python number in (0, 1] where it decides a size.
+
+    Arrays are refused with a message, as in `check_int`.
+    """
+    for argument, value in values.items():
+        _refuse_array(function, argument, value, "a Python number")
+        _check_number(
+            function, argument, value, lambda x: 0 < x <= 1, "a number in (0, 1]"
+        )
+
+
+def _refuse_array(function: str, argument: str, value: Any, wanted: str) -> None:
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{function}: {argument} shapes the compiled program and must be {wanted}, "
+            f"but it is an array ({value}). Under optax.inject_hyperparams pass "
+            f"static_args=({argument!r},)."
+        )
 
 
 def check_flag(function: str, **values: Any) -> None:

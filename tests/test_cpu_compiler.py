@@ -61,6 +61,7 @@ WITHOUT_TEMPORARIES = {
     "clipped-lion": clipped(ox.lion(0.1)),
     "signum": ox.signum(0.1, weight_decay=0.1),
     "lars": ox.lars(0.1, weight_decay=0.1),
+    "scion-per_output": ox.scion(0.1, norms={"hidden": ("per_output", 1.0)}),
     "adafactor": ox.adafactor(0.1),
     "adafactor-b1": ox.adafactor(0.1, b1=0.9),
     "adafactor-unfactored": ox.adafactor(0.1, min_dim_size_to_factor=10_000),
@@ -107,4 +108,4 @@ def test_every_optimizer_is_in_one_of_the_lists():
     factories = {case.factory.__name__ for case in NAMED if hasattr(ox, case.name)}
     listed = {name.partition("-")[0] for name in ALLOWED}
     # Products of matrices have temporaries of their own.
-    assert factories - {"muon"} <= listed
+    assert factories - {"muon", "normuon", "adamuon", "dion"} <= listed

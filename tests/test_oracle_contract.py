@@ -129,7 +129,9 @@ def test_oracle(case: Case, dtype: str) -> None:
             assert all(np.abs(seen[key]).max() < 5.0 for key in seen)
         theirs = from_start(oracle_trajectory(case, start, seen, rate), start)
         iterates = case.contracts_sharded_axes
-        wide = {"compute_dtype": "float64"} if iterates and dtype == "float64" else {}
+        wide = {}
+        if dtype == "float64" and "compute_dtype" in case.parameters:
+            wide["compute_dtype"] = "float64"
         tx = case.make(rate, **case.with_axes(AXES), **wide)
         ours = displacements(tx, params, grads)
     if iterates:

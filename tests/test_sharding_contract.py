@@ -83,15 +83,21 @@ def remaining_spec(spec: P, shape: tuple[int, ...]) -> P:
 def expected_specs(case: Case, tx: optax.GradientTransformation, state: Any) -> Any:
     """How every array of a state should be sharded: as its parameter, or not at all."""
 
-    def along(leaf, spec):
-        masked = isinstance(leaf, optax.MaskedNode)
-        return leaf if masked else remaining_spec(spec, leaf.shape)
+    def along(leaf, spec, shape):
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
+        is_reduced = leaf.ndim == len(shape) and all(
+            size in (1, whole) for size, whole in zip(leaf.shape, shape, strict=True)
+        )
+        # Bases of a side are sharded as it is, and no spec here shards a shorter side.
+        return remaining_spec(spec, leaf.shape) if is_reduced else P()
 
     return optax.tree_map_params(
         tx,
         along,
         state,
         specs_of(case),
+        shapes_of(case),
         transform_non_params=lambda leaf: P(),
         is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
@@ -144,7 +150,8 @@ def test_many_devices_agree_with_one(case: Case) -> None:
     # Sums go over the devices in another order, and compiled code contracts.
     for ours, theirs in zip(sharded, plain, strict=True):
         assert_trees_close(ours, theirs, rtol=case.rtol)
-    assert_trees_close(state, plain_state, rtol=4e-6)
+    # Averages of what was multiplied have its rounding errors.
+    assert_trees_close(state, plain_state, rtol=max(4e-6, case.rtol))
     specs = expected_specs(case, tx, state)
     assert_placed(initial, specs, mesh)
     assert_placed(state, specs, mesh)

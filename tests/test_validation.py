@@ -162,15 +162,32 @@ def test_integers():
             validation.check_int("f", minimum=1, x=value)
 
 
-def test_traced_integers_name_the_remedy():
+def test_fractions():
+    validation.check_fraction("f", x=1, y=1e-9, z=np.float32(0.25), u=np.array(0.5))
+    for value in (0, 0.0, -0.5, 1.5, NAN, INF):
+        with pytest.raises(ValueError, match=r"f: x=.* must be a number in \(0, 1\]"):
+            validation.check_fraction("f", x=value)
+    for value in NOT_NUMBERS:
+        with pytest.raises(TypeError, match=r"f: x=.* must be a number in \(0, 1\]"):
+            validation.check_fraction("f", x=value)
+
+
+@pytest.mark.parametrize(
+    ("check", "number"),
+    [
+        (lambda value: validation.check_int("f", minimum=1, steps=value), "integer"),
+        (lambda value: validation.check_fraction("f", steps=value), "number"),
+    ],
+)
+def test_traced_sizes_name_the_remedy(check, number: str):
     message = (
-        r"f: steps shapes the compiled program .* "
+        f"f: steps shapes the compiled program and must be a Python {number}.* "
         r"optax.inject_hyperparams pass static_args=\('steps',\)"
     )
     with pytest.raises(TypeError, match=message):
-        validation.check_int("f", minimum=1, steps=jnp.asarray(3))
+        check(jnp.asarray(1))
     with pytest.raises(TypeError, match=message):
-        jax.jit(lambda x: validation.check_int("f", minimum=1, steps=x))(3)
+        jax.jit(check)(1)
 
 
 def test_flags():

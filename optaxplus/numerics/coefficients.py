@@ -1,21 +1,42 @@
 """Named coefficient tables of the Newton-Schulz iteration, a source beside each.
 
-A row (a, b, c) is one step x <- a·x + b·x³ + c·x⁵ on every singular value. The bands
-quoted are those of the singular values after all rows of a table, in exact
-arithmetic, for inputs in [1e-3, 1]; bfloat16 products add about 1e-2.
+A row (a, b, c) is one step x <- a·x + b·x³ + c·x⁵ on every singular value. What the
+rows make of singular values in [l, 1], in exact arithmetic:
+
+===================  =====  ==============  ==============  ========
+table                steps  band, l = 1e-2  band, l = 1e-3     slope
+===================  =====  ==============  ==============  ========
+polar_express            4  0.853 to 1.147  0.243 to 1.147     244.6
+polar_express            5  0.859 to 1.141  0.859 to 1.141     989.5
+polar_express            6  0.864 to 1.136  0.864 to 1.136    4002.5
+polar_express_paper      5  0.876 to 1.124  0.852 to 1.124     986.0
+polar_express_paper      8  1.000 to 1.000  1.000 to 1.000    6363.4
+gram_newton_schulz       5  0.846 to 1.124  0.729 to 1.124     803.9
+jordan                   5  0.682 to 1.134  0.471 to 1.202     484.9
+you                      5  0.978 to 1.032  0.475 to 1.145     492.7
+cans                     5  0.849 to 1.113  0.839 to 1.113     969.1
+turbo                    4  0.973 to 1.145  0.120 to 1.145     120.6
+aol                      4  0.941 to 1.050  0.147 to 1.050     147.2
+cubic5                   5  0.774 to 1.300  0.110 to 1.300     110.2
+cubic                    5  0.076 to 1.000  0.008 to 1.000       7.6
+deepseek                10  1.000 to 1.001  1.000 to 1.001   79262.8
+===================  =====  ==============  ==============  ========
+
+A singular value s below l ends at about slope·s, so nothing above 1e-3 falls below
+the third column. Products with bfloat16 or float16 operands add up to 0.04 to a band
+(tests/numerics/test_newton_schulz.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from optaxplus import validation
+from optaxplus.numerics.polar_express import Row, polar_express_coefficients
 
 __all__ = ["COEFFICIENT_TABLES", "CoefficientTable", "resolve_coefficients"]
-
-Row = tuple[float, float, float]
 
 
 class CoefficientTable(NamedTuple):
@@ -24,15 +45,13 @@ class CoefficientTable(NamedTuple):
     Attributes:
       rows: The steps in order.
       source: Where the numbers come from.
-      repeats: Whether the last row may be applied again for steps beyond the table.
-      prefix: Whether the first rows alone are a sensible schedule, so that fewer
-        steps than the table has may be asked for.
+      extend: Number of steps -> rows, for other numbers of steps than `rows` has; None
+        if the source knows no other.
     """
 
     rows: tuple[Row, ...]
     source: str
-    repeats: bool
-    prefix: bool
+    extend: Callable[[int], tuple[Row, ...]] | None = None
 
 
 def _with_safety(rows: tuple[Row, ...], safety: float) -> tuple[Row, ...]:
@@ -41,11 +60,33 @@ def _with_safety(rows: tuple[Row, ...], safety: float) -> tuple[Row, ...]:
     return (*scaled, rows[-1])
 
 
+def _repeat_last(rows: tuple[Row, ...], ns_steps: int) -> tuple[Row, ...]:
+    return (rows + rows[-1:] * max(0, ns_steps - len(rows)))[:ns_steps]
+
+
 _JORDAN: Row = (3.4445, -4.7750, 2.0315)
+_CUBIC: Row = (1.5, -0.5, 0.0)
+_YOU: tuple[Row, ...] = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+_POLAR_EXPRESS_LISTING: tuple[Row, ...] = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
 
 COEFFICIENT_TABLES: dict[str, CoefficientTable] = {
-    # Band 0.859 to 1.141. Optimal step by step for singular values from 1e-3, with a
-    # safety factor of 1.02 that absorbs bfloat16 noise.
+    # Every step fewer or more raises or lowers by 4, the slope of the inner steps, the
+    # smallest singular value that the (unchanged) band holds for.
     "polar_express": CoefficientTable(
         rows=(
             (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -55,34 +96,43 @@ COEFFICIENT_TABLES: dict[str, CoefficientTable] = {
             (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
         ),
         source="Polar Express, arXiv 2505.16932, as computed for KellerJordan/"
-        "modded-nanogpt (l = 1e-3, 5 steps, safety 2e-2, cushion 2e-2)",
-        repeats=False,
-        prefix=True,
-    ),
-    # Band 0.471 to 1.202; steep at 0 and never convergent (a + b + c = 0.701).
-    "jordan": CoefficientTable(
-        rows=(_JORDAN,),
-        source="Keller Jordan et al., Muon (2024), KellerJordan/Muon",
-        repeats=True,
-        prefix=True,
-    ),
-    # Band 0.475 to 1.145; within 0.978 to 1.032 for inputs above 1e-2.
-    "you": CoefficientTable(
-        rows=(
-            (4.0848, -6.8946, 2.9270),
-            (3.9505, -6.3029, 2.6377),
-            (3.7418, -5.5913, 2.3037),
-            (2.8769, -3.1427, 1.2046),
-            (2.8366, -3.0525, 1.2012),
+        "modded-nanogpt (lower bound 1e-3, safety 2e-2, cushion 2e-2); other numbers "
+        "of steps computed alike, with the lower bound 1e-3·4^(5 - steps)",
+        extend=lambda ns_steps: polar_express_coefficients(
+            ns_steps, lower_bound=1e-3 * 4.0 ** (5 - ns_steps)
         ),
+    ),
+    # The rows of `_POLAR_EXPRESS_LISTING`; converges from the sixth step on.
+    "polar_express_paper": CoefficientTable(
+        rows=_with_safety(_POLAR_EXPRESS_LISTING[:5], 1.01),
+        source="Polar Express, arXiv 2505.16932, the listing of the paper, safety "
+        "factor 1.01 on all rows but the last that is used",
+        extend=lambda ns_steps: _with_safety(
+            _repeat_last(_POLAR_EXPRESS_LISTING, ns_steps), 1.01
+        ),
+    ),
+    "gram_newton_schulz": CoefficientTable(
+        rows=tuple(
+            (a / 1.05, b / 1.05**3, c / 1.05**5)
+            for a, b, c in _POLAR_EXPRESS_LISTING[:5]
+        ),
+        source="Dao-AILab/gram-newton-schulz: five rows of the listing of Polar "
+        "Express, safety factor 1.05 on all of them",
+    ),
+    # Steep at 0 and never convergent (a + b + c = 0.701).
+    "jordan": CoefficientTable(
+        rows=(_JORDAN,) * 5,
+        source="Keller Jordan et al., Muon (2024), KellerJordan/Muon",
+        extend=lambda ns_steps: (_JORDAN,) * ns_steps,
+    ),
+    "you": CoefficientTable(
+        rows=_YOU,
         source="You Jiacheng (2024); called 'dion' in optax and 'quintic' in NVIDIA's "
         "Emerging-Optimizers",
-        repeats=False,
-        prefix=False,
     ),
-    # Band 0.839 to 1.113. As published (0.884 to 1.120) it sends a singular value of
-    # 1.0001, which rounding makes of the 1 of a matrix of rank one, to infinity.
-    # Noisier than the others: bfloat16 products leave single values at 0.3.
+    # As published (band 0.884 to 1.120) it sends a singular value of 1.0001, which
+    # rounding makes of the 1 of a matrix of rank one, to infinity. Noisier than the
+    # others: bfloat16 products leave single values at 0.3.
     "cans": CoefficientTable(
         rows=_with_safety(
             (
@@ -96,23 +146,49 @@ COEFFICIENT_TABLES: dict[str, CoefficientTable] = {
         ),
         source="CANS, arXiv 2506.10935, with the safety factor of Polar Express (arXiv "
         "2505.16932) on all rows but the last",
-        repeats=False,
-        prefix=False,
     ),
-    # Convergent but slow: five steps leave a singular value of 0.01 at 0.076.
+    # For normalization="aol", which leaves larger singular values than a norm does.
+    "turbo": CoefficientTable(
+        rows=_YOU[1:],
+        source="Turbo-Muon, arXiv 2512.04632, thib-s/flash-newton-schulz: You's table "
+        "without its first row",
+    ),
+    "aol": CoefficientTable(
+        rows=(
+            (4.6051, -9.6552, 5.6769),
+            (4.7505, -6.0861, 2.1790),
+            (2.7763, -2.3190, 0.5523),
+            (2.4231, -2.2861, 0.8193),
+        ),
+        source="microsoft/dion, for its AOL pre-scaling",
+    ),
+    # As published (band 0.774 to 1.300) its first step makes 0.024 of 1 and changes
+    # the sign of 1.004, which rounding makes of it.
+    "cubic5": CoefficientTable(
+        rows=_with_safety(
+            (
+                (3.3656576, -3.3420992, 0.0),
+                (2.5744352, -1.4957376, 0.0),
+                (2.5368962, -1.4312570, 0.0),
+                (2.4418906, -1.2764040, 0.0),
+                (2.2230472, -0.9630650, 0.0),
+            ),
+            safety=1.02,
+        ),
+        source="arXiv 2606.00371, with a safety factor of 1.02 on all rows but the "
+        "last",
+    ),
+    # Convergent but slow.
     "cubic": CoefficientTable(
-        rows=((1.5, -0.5, 0.0),),
+        rows=(_CUBIC,) * 5,
         source="The classical Newton-Schulz iteration (Kovarik 1970; Björck and "
         "Bowie 1971)",
-        repeats=True,
-        prefix=True,
+        extend=lambda ns_steps: (_CUBIC,) * ns_steps,
     ),
-    # Band 1.0000 to 1.0005: eight fast steps, then two that converge.
+    # Eight fast steps, then two that converge.
     "deepseek": CoefficientTable(
         rows=(_JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2,
         source="DeepSeek-V4's schedule as listed in NVIDIA's Emerging-Optimizers",
-        repeats=False,
-        prefix=False,
     ),
 }
 
@@ -136,17 +212,14 @@ def resolve_coefficients(
     if isinstance(ns_coeffs, str):
         validation.check_choice(function, "ns_coeffs", ns_coeffs, COEFFICIENT_TABLES)
         table = COEFFICIENT_TABLES[ns_coeffs]
-        rows, size = table.rows, len(table.rows)
-        if (ns_steps > size and not table.repeats) or (
-            ns_steps < size and not table.prefix
-        ):
-            allowed = f"1 to {size}" if table.prefix else f"exactly {size}"
+        if ns_steps == len(table.rows):
+            return table.rows
+        if table.extend is None:
             raise ValueError(
                 f"{function}: ns_steps={ns_steps} is not allowed; the table "
-                f"{ns_coeffs!r} defines {allowed} steps and does not say how to "
-                "continue."
+                f"{ns_coeffs!r} defines exactly {len(table.rows)} steps."
             )
-        return (rows + rows[-1:] * max(0, ns_steps - size))[:ns_steps]
+        return table.extend(ns_steps)
     if isinstance(ns_coeffs, jax.Array):
         raise TypeError(
             f"{function}: ns_coeffs shapes the compiled program and must be a name or "

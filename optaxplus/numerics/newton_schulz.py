@@ -3,144 +3,283 @@
 The polar factor of G = U·S·Vᵀ is U·Vᵀ, the nearest semi-orthogonal matrix. An odd
 polynomial p acts on a matrix through its singular values alone,
 p(X) = U·p(S)·Vᵀ, so polynomials that push every value in (0, 1] towards 1, applied
-one after the other, turn G / ‖G‖ into U·Vᵀ with nothing but matrix products:
+one after the other, turn G / ‖G‖ into U·Vᵀ with nothing but matrix products. For each
+row (a, b, c) of coefficients, with X wide (the Gram matrix R is on the short side):
 
-    X <- G / ‖G‖_F                             singular values in [0, 1]
-    A <- X·Xᵀ                                  the small Gram matrix
-    X <- a·X + (b·A + c·A·A)·X                 for each row (a, b, c)
+    R <- X·Xᵀ
+    X <- (a·I + b·R + c·R²)·X                                    standard form
 
-Source: Keller Jordan et al., Muon (2024); Bernstein and Newhouse, arXiv 2409.20325.
-Differs from KellerJordan/Muon: the norm is taken in float32 and relative to the
-largest entry, so that the direction does not depend on the gradient's scale.
+All polynomials of R commute, so several steps can be taken on the small matrix alone,
+and X is touched once at their end (Gram form):
+
+    R <- X·Xᵀ,  Q <- I
+    for each row of a block:
+        Z <- b·R + c·R²
+        Q <- (a·I + Z)·Q
+        R <- (a·I + Z)·R·(a·I + Z)
+    X <- Q·X
+
+The standard form is a Gram form with blocks of one step. Rounding errors of R grow
+with the square of the slopes of a block, so the first step stands alone, further
+blocks have two steps, and in bfloat16 the coefficients must leave room for them.
+
+The norm that G is divided by comes from the first R too: the root of its trace
+(Frobenius), or the root of its own Frobenius norm (Schatten-4). The latter is closer
+to the largest singular value, which is worth about one step.
+
+Sources: Keller Jordan et al., Muon (2024); Bernstein and Newhouse, arXiv 2409.20325;
+Dao-AILab/gram-newton-schulz (2026) for the Gram form; Boissin et al., Turbo-Muon,
+arXiv 2512.04632 for AOL. Differs from KellerJordan/Muon: the norm is taken in float32
+and does not overflow or vanish, so the direction does not depend on the gradient's
+scale.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optaxplus import validation
-from optaxplus.numerics.coefficients import resolve_coefficients
+from optaxplus.numerics.coefficients import Row, resolve_coefficients
 
-__all__ = ["check_compute_dtype", "polar_factor"]
+__all__ = [
+    "NewtonSchulz",
+    "check_compute_dtype",
+    "iterate",
+    "multiplications",
+    "newton_schulz",
+    "power_of_two",
+]
 
-_COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
+METHODS = ("auto", "standard", "gram")
+NORMALIZATIONS = ("schatten", "frobenius", "aol")
+
+# The share by which rounding may lift singular values above the range that the next
+# step of a pair is made for, by the dtype of the products: with rows that bear it no
+# matrix was found that leaves the band, with half of it (and pairs from the first step
+# on) sparse and small matrices grow without bound (benchmarks/orthogonality.py).
+_ROUNDING = {"bfloat16": 0.04, "float16": 0.005, "float32": 1e-5, "float64": 1e-14}
+
+# Squares of numbers outside of these overflow or vanish in float32.
+_SAFE_SQUARES = (1e-25, 1e25)
 
 
 def check_compute_dtype(function: str, compute_dtype: str) -> None:
     """Refuses dtypes that the iteration is not made for."""
     validation.check_floating_dtype(function, compute_dtype=compute_dtype)
     name = jnp.dtype(compute_dtype).name
-    validation.check_choice(function, "compute_dtype", name, _COMPUTE_DTYPES)
+    validation.check_choice(function, "compute_dtype", name, tuple(_ROUNDING))
 
 
-def polar_factor(
-    x: jax.Array,
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """A checked choice of the iteration; see `polar_factor` for the arguments."""
+
+    rows: tuple[Row, ...]
+    method: str
+    normalization: str
+    compute_dtype: str
+    eps: float
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the operands of the products."""
+        return jnp.dtype(self.compute_dtype)
+
+    @property
+    def accumulator(self) -> jnp.dtype:
+        """The dtype of sums, norms, coefficients and results."""
+        return jnp.dtype(jnp.float64 if self.dtype == jnp.float64 else jnp.float32)
+
+    def blocks(self, short: int, long: int) -> list[tuple[Row, ...]]:
+        """The rows in blocks of the Gram form, single ones for the standard form."""
+        standard, gram = [(row,) for row in self.rows], in_pairs(self.rows)
+        if self.method == "auto" and bear_pairs(self.rows, self.dtype.name):
+            return min((standard, gram), key=lambda b: multiplications(b, short, long))
+        return gram if self.method == "gram" else standard
+
+
+def newton_schulz(
+    function: str,
     *,
-    ns_steps: int = 5,
-    ns_coeffs: str | Sequence[Sequence[float]] = "polar_express",
-    compute_dtype: str = "bfloat16",
-    eps: float = 1e-7,
-) -> jax.Array:
-    """Approximates U·Vᵀ of the singular value decomposition x = U·S·Vᵀ.
-
-    Args:
-      x: Shape (..., m, n), real floating point. Leading axes are a batch.
-      ns_steps: Number of iterations, >= 1. Static.
-      ns_coeffs: Name of a table in `optaxplus.numerics.COEFFICIENT_TABLES` or
-        `ns_steps` rows (a, b, c). The tables say what band of singular values they
-        leave. Static.
-      compute_dtype: Dtype of the operands of the products, "bfloat16", "float16",
-        "float32" or "float64". The matrix is rounded to it first; products
-        accumulate in float32, and so do the norm and the coefficients (in float64
-        for "float64"). Static.
-      eps: Relative margin added to the Frobenius norm. >= 0.
-
-    Returns:
-      Shape of `x`, float32 (float64 for compute dtype "float64"). The result is the
-      same for x and for any positive multiple of it whose entries are normal float32
-      numbers (largest entry 1e-34 to 1e37), up to rounding. A zero matrix
-      gives zeros; one with a NaN or an infinity gives NaN throughout; singular values
-      of 0 (rank deficiency) stay 0. A single row or column is normalised to a length
-      inside the table's band.
-
-    Raises:
-      TypeError: If `x` is not real floating point, or an argument has a wrong type.
-      ValueError: If `x` has fewer than two axes, or an argument is out of range.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from optaxplus.numerics import polar_factor
-      >>> polar = polar_factor(
-      ...     jnp.array([[3.0, 0.0, 0.0], [0.0, 0.5, 0.0]]),
-      ...     ns_coeffs="deepseek", ns_steps=10, compute_dtype="float32",
-      ... )
-      >>> print(polar.round(2))
-      [[1. 0. 0.]
-       [0. 1. 0.]]
-    """
-    rows = resolve_coefficients("polar_factor", ns_coeffs, ns_steps)
-    check_compute_dtype("polar_factor", compute_dtype)
-    validation.check_non_negative("polar_factor", eps=eps)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            f"polar_factor: x of dtype {x.dtype} is not allowed; it must be real "
-            "floating point."
-        )
-    if x.ndim < 2:
+    ns_steps: int,
+    ns_coeffs: str | Sequence[Sequence[float]],
+    method: str,
+    normalization: str,
+    compute_dtype: str,
+    eps: float,
+) -> NewtonSchulz:
+    """Checks the arguments of `polar_factor` on behalf of `function`."""
+    rows = resolve_coefficients(function, ns_coeffs, ns_steps)
+    validation.check_choice(function, "method", method, METHODS)
+    validation.check_choice(function, "normalization", normalization, NORMALIZATIONS)
+    check_compute_dtype(function, compute_dtype)
+    validation.check_non_negative(function, eps=eps)
+    if method == "gram" and not bear_pairs(rows, jnp.dtype(compute_dtype).name):
         raise ValueError(
-            f"polar_factor: x of shape {x.shape} is not allowed; it must have at "
-            "least two axes, the last two forming the matrix."
+            f"{function}: method='gram' is not allowed with compute_dtype="
+            f"{jnp.dtype(compute_dtype).name!r} and these ns_coeffs; rounding would "
+            "take singular values out of their range. Pass method='auto', or "
+            "ns_coeffs='gram_newton_schulz', which leaves room for it."
         )
-    wide = x.shape[-2] <= x.shape[-1]
-    # The Gram matrix is formed on the shorter side.
-    x = _normalise(x if wide else x.mT, jnp.dtype(compute_dtype), eps)
+    return NewtonSchulz(rows, method, normalization, compute_dtype, eps)
+
+
+def in_pairs(rows: Sequence[Row]) -> list[tuple[Row, ...]]:
+    """The blocks of the Gram form: the first step, the steepest one, then pairs."""
+    pairs = [tuple(rows[start : start + 2]) for start in range(1, len(rows), 2)]
+    return [tuple(rows[:1]), *pairs]
+
+
+def bear_pairs(rows: Sequence[Row], dtype: str) -> bool:
+    """Whether the rows stay in range when every step is given a little too much."""
+    x = np.linspace(0.0, 1.0, 2001)
     for a, b, c in rows:
-        x = _newton_schulz_step(x, a, b, c, jnp.dtype(compute_dtype))
-    return x if wide else x.mT
+        x = x * (1.0 + _ROUNDING[dtype])
+        x = x * (a + x**2 * (b + x**2 * c))
+        if x.min() < 0.0 or x.max() > 10.0:
+            return False
+    return bool(x.max() < 1.5)
 
 
-def _normalise(x: jax.Array, dtype: jnp.dtype, eps: float) -> jax.Array:
-    # Dividing by the largest entry before squaring keeps the norm of gradients of
-    # size 1e-30 and 1e30 finite; the cast to float16 has to come after it, the cast
-    # to the other types commutes with it.
-    accumulator = _accumulator(dtype)
-    if dtype != jnp.float16:
-        x = x.astype(dtype)
-    x = x.astype(accumulator)
+def multiplications(blocks: Sequence[Sequence[Row]], short: int, long: int) -> int:
+    """How many scalar multiplications the matrix products of an iteration take."""
+    total = 0
+    for block in blocks:
+        steps = len(block)
+        total += 2 * short * short * long  # X·Xᵀ and Q·X.
+        # R², and for all steps but one Q·Z, R·Z and Z·R·Z.
+        total += (steps + 3 * (steps - 1)) * short**3
+    return total
+
+
+def iterate(x: jax.Array, iteration: NewtonSchulz) -> jax.Array:
+    """Runs the iteration on wide matrices (..., n, m), n <= m, of its dtype."""
+    result = x
+    for index, rows in enumerate(iteration.blocks(*x.shape[-2:])):
+        gram, scale = _product(result, result.mT, iteration), None
+        if index == 0:
+            gram, result, scale = _normalise(gram, result, iteration)
+        result = _block(result, gram, scale, rows, iteration)
+    return result
+
+
+def _block(
+    x: jax.Array,
+    gram: jax.Array,
+    scale: jax.Array | None,
+    rows: Sequence[Row],
+    iteration: NewtonSchulz,
+) -> jax.Array:
+    """Applies the steps of one block to scale·x, whose Gram matrix is given.
+
+    A polynomial of the Gram matrix is kept as (identity, rest), the multiple of the
+    identity apart: beside it the rest would lose its digits in low precision.
+    """
+
+    def combine(*terms: tuple[float | jax.Array, jax.Array]) -> jax.Array:
+        # One fused pass in float32; what the next product reads is rounded once.
+        first, *others = (factor * term.astype(accumulator) for factor, term in terms)
+        return sum(others, start=first).astype(iteration.dtype)
+
+    def product(left: jax.Array, right: jax.Array) -> jax.Array:
+        return _product(left, right, iteration)
+
+    accumulator = iteration.accumulator
+    gram = combine((1.0, gram))
+    (identity, b, c), *others = rows
+    step = rest = combine((b, gram), (c, product(gram, gram)))
+    step_identity = identity
+    for a, b, c in others:
+        half = combine((step_identity, gram), (1.0, product(gram, step)))
+        gram = combine((step_identity, half), (1.0, product(half, step)))
+        step = combine((b, gram), (c, product(gram, gram)))
+        rest = combine((1.0, product(rest, step)), (a, rest), (identity, step))
+        step_identity, identity = a, identity * a
+    if scale is None:
+        return combine((identity, x), (1.0, product(rest, x)))
+    return combine((identity * scale, x), (scale, product(rest, x)))
+
+
+def _normalise(
+    gram: jax.Array, x: jax.Array, iteration: NewtonSchulz
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(Gram matrix of s·x, x, s) for a scale s that leaves no singular value above 1.
+
+    x itself is not rounded once more: its scale is multiplied in at the block's end.
+    """
+    gram, unit = _in_range(gram, x, iteration)
+    margin = 1.0 + iteration.eps
+    if iteration.normalization == "aol":
+        rows = jnp.sum(jnp.abs(gram), axis=-1, keepdims=True)
+        scale = lax.rsqrt(_or_one(rows)) / margin
+        scaled = x.astype(iteration.accumulator) * (unit * scale)
+        return gram * scale * scale.mT, scaled.astype(iteration.dtype), None
+    trace = _or_one(_trace(gram))
+    gram = gram / trace
+    if iteration.normalization == "schatten":
+        squares = jnp.sum(jnp.square(gram), axis=(-2, -1), keepdims=True)
+        norm = jnp.sqrt(_or_one(squares))
+        trace, gram = trace * norm, gram / norm
+    return gram / margin**2, x, unit * lax.rsqrt(trace) / margin
+
+
+def _in_range(
+    gram: jax.Array, x: jax.Array, iteration: NewtonSchulz
+) -> tuple[jax.Array, jax.Array]:
+    """The Gram matrix of unit·x and unit, a power of two, 1 but for extreme scales.
+
+    Entries of 1e-30 and 1e30 are numbers, their squares are not. To look for them
+    beforehand would be another pass over x; the trace of the Gram matrix tells.
+    """
+    low, high = _SAFE_SQUARES
+    trace = _trace(gram)
+    safe = jnp.all((trace > low) & (trace < high))
+
+    def rescaled() -> tuple[jax.Array, jax.Array]:
+        unit = power_of_two(x)
+        scaled = (x.astype(iteration.accumulator) * unit).astype(iteration.dtype)
+        return _product(scaled, scaled.mT, iteration), unit
+
+    return lax.cond(safe, lambda: (gram, jnp.ones_like(trace)), rescaled)
+
+
+def power_of_two(x: jax.Array) -> jax.Array:
+    """The power of two that brings the largest entry of each matrix to [1, 2).
+
+    Shape (..., 1, 1), of the dtype in which `x` is summed; NaN where x has NaN.
+    Multiplying by it rounds nothing.
+    """
+    dtype = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0)
-    is_zero = largest == 0.0
-    x = x / jnp.where(is_zero, 1.0, largest)
-    norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
-    return x / jnp.where(is_zero, 1.0, norm * (1.0 + eps))
+    _, exponent = jnp.frexp(largest.astype(dtype))
+    # The smallest powers have no normal reciprocal.
+    exponent = jnp.clip(exponent, jnp.finfo(dtype).minexp + 3, None)
+    unit = jnp.ldexp(jnp.ones_like(largest, dtype), 1 - exponent)
+    return jnp.where(jnp.isfinite(largest) & (largest > 0), unit, 1.0)
 
 
-def _newton_schulz_step(
-    x: jax.Array, a: float, b: float, c: float, dtype: jnp.dtype
-) -> jax.Array:
-    gram = _product(x, x, dtype, transpose_right=True)
-    gram_polynomial = b * gram + c * _product(gram, gram, dtype, transpose_right=True)
-    return a * x + _product(gram_polynomial, x, dtype)
+def _trace(gram: jax.Array) -> jax.Array:
+    return jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
 
 
-def _product(
-    left: jax.Array, right: jax.Array, dtype: jnp.dtype, transpose_right: bool = False
-) -> jax.Array:
+def _or_one(x: jax.Array) -> jax.Array:
+    # Zero matrices are divided by 1 and stay zero.
+    return jnp.where(x == 0.0, 1.0, x)
+
+
+def _product(left: jax.Array, right: jax.Array, iteration: NewtonSchulz) -> jax.Array:
     # lax.dot_general, not jnp.matmul: matmul widens the operands to the type of the
     # result, which keeps the products off the bfloat16 matrix units.
-    rank = left.ndim
-    batch = tuple(range(rank - 2))
-    contracted = rank - 1 if transpose_right else rank - 2
+    batch = tuple(range(left.ndim - 2))
     return lax.dot_general(
-        left.astype(dtype),
-        right.astype(dtype),
-        (((rank - 1,), (contracted,)), (batch, batch)),
-        preferred_element_type=_accumulator(dtype),
+        left,
+        right,
+        (((left.ndim - 1,), (left.ndim - 2,)), (batch, batch)),
+        preferred_element_type=iteration.accumulator,
         # "highest" keeps float32 operands from being rounded on accelerators.
-        precision=lax.Precision.HIGHEST if dtype.itemsize >= 4 else None,
+        precision=lax.Precision.HIGHEST if iteration.dtype.itemsize >= 4 else None,
     )
-
-
-def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

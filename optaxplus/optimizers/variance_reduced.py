@@ -128,7 +128,10 @@ def mars(
             "shampoo": lambda: (
                 scale_by_ema(b1, mu_dtype=mu_dtype),
                 orthogonalize_via_newton_schulz(
-                    ns_coeffs="jordan", compute_dtype=compute_dtype, axes=axes
+                    ns_coeffs="jordan",
+                    normalization="frobenius",
+                    compute_dtype=compute_dtype,
+                    axes=axes,
                 ),
                 scale_by_matrix_shape("keller", axes=axes),
             ),

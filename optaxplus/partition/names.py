@@ -22,6 +22,7 @@ __all__ = [
     "HEAD",
     "HEAD_NORM",
     "KERNEL",
+    "KEY",
     "LATENT",
     "LAYER_EMBEDDING",
     "LORA",
@@ -30,6 +31,7 @@ __all__ = [
     "LORA_BASE",
     "NORM",
     "PATCHES",
+    "QUERY",
     "ROUTER",
     "SCALE",
     "UNNAMED",
@@ -119,8 +121,10 @@ ELEMENTWISE = (
     r"|(\w+_)?log_?std|r_k|time_(mix\w*|decay|first|faaaa|maa_[a-z]))$"
 )
 
-# Attention.
-ATTENTION_IN = r"(^|/)(query|key|value|[qkv]_proj|w?[qkv])(/(kernel|w))?$"
+# Attention: what the projections of query and key are called, and where they are.
+QUERY = "query|q_proj|w?q"
+KEY = "key|k_proj|w?k"
+ATTENTION_IN = rf"(^|/)({QUERY}|{KEY}|value|v_proj|w?v)(/(kernel|w))?$"
 ATTENTION_OUT = r"(^|/)(out|o_proj|out_proj|proj|w?o)(/(kernel|w))?$"
 # Gemma's einsums, and the up-projections of latent attention (DeepSeek).
 EINSUM_IN = r"(^|/)([qk]|kv|qkv)_einsum/w$"

@@ -24,12 +24,22 @@ import optax
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, PyTree
-from optaxplus.numerics.coefficients import resolve_coefficients
-from optaxplus.numerics.matrix_axes import MatrixAxes, map_matrices
-from optaxplus.numerics.newton_schulz import check_compute_dtype, polar_factor
+from optaxplus.numerics.matrix_axes import (
+    MatrixAxes,
+    map_all_matrices,
+    map_matrices,
+)
+from optaxplus.numerics.newton_schulz import NewtonSchulz, newton_schulz
+from optaxplus.numerics.polar import polar_factors
 from optaxplus.partition.inference import axes_of
 
-__all__ = ["SHAPE_SCALES", "orthogonalize_via_newton_schulz", "scale_by_matrix_shape"]
+__all__ = [
+    "SHAPE_SCALES",
+    "matrix_axes_of",
+    "orthogonalize",
+    "orthogonalize_via_newton_schulz",
+    "scale_by_matrix_shape",
+]
 
 # (fan_in, fan_out) -> factor
 SHAPE_SCALES: dict[str, Callable[[int, int], float]] = {
@@ -39,7 +49,7 @@ SHAPE_SCALES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def _matrix_axes_of(function: str, axes: Axes, tree: PyTree) -> PyTree:
+def matrix_axes_of(function: str, axes: Axes, tree: PyTree) -> PyTree:
     """`axes_of`, where a vector is an error: it has no polar factor to speak of."""
     resolved = axes_of(function, axes, tree)
     for (path, leaf), leaf_axes in zip(
@@ -60,6 +70,8 @@ def orthogonalize_via_newton_schulz(
     *,
     ns_steps: int = 5,
     ns_coeffs: str | Sequence[Sequence[float]] = "polar_express",
+    method: str = "auto",
+    normalization: str = "schatten",
     compute_dtype: str = "bfloat16",
     eps: float = 1e-7,
     axes: Axes = None,
@@ -68,13 +80,18 @@ def orthogonalize_via_newton_schulz(
 
     All singular values become about 1, so the update moves every direction in which
     the gradient has any component by the same amount. In a stack every layer (expert,
-    head) is orthogonalized on its own.
+    head) is orthogonalized on its own. Matrices of one shape, wherever they are in the
+    tree, share one compiled iteration.
 
     Args:
       ns_steps: Number of Newton-Schulz steps, >= 1. Static.
-      ns_coeffs: Name of a table ("polar_express", "jordan", "you", "cans", "cubic",
-        "deepseek"; see `optaxplus.numerics.COEFFICIENT_TABLES`), or `ns_steps` rows
+      ns_coeffs: Name of a table in `optaxplus.numerics.COEFFICIENT_TABLES`
+        ("polar_express", "polar_express_paper", "gram_newton_schulz", "jordan", "you",
+        "cans", "turbo", "aol", "cubic5", "cubic", "deepseek"), or `ns_steps` rows
         (a, b, c). Static.
+      method: "standard", "gram" or "auto", whichever multiplies less. Static.
+      normalization: "schatten", "frobenius" (what most implementations do) or "aol".
+        Static.
       compute_dtype: Dtype of the operands of the matrix products: "bfloat16",
         "float16", "float32" or "float64". Sums, the norm and the coefficients are
         float32. Static.
@@ -100,36 +117,40 @@ def orthogonalize_via_newton_schulz(
       Keller Jordan et al., Muon (2024); see `optaxplus.numerics.polar_factor`.
     """
     name = "orthogonalize_via_newton_schulz"
-    rows = resolve_coefficients(name, ns_coeffs, ns_steps)
-    check_compute_dtype(name, compute_dtype)
-    validation.check_non_negative(name, eps=eps)
+    iteration = newton_schulz(
+        name,
+        ns_steps=ns_steps,
+        ns_coeffs=ns_coeffs,
+        method=method,
+        normalization=normalization,
+        compute_dtype=compute_dtype,
+        eps=eps,
+    )
 
     def init_fn(params: PyTree) -> optax.EmptyState:
         trees.check_floating(name, params, real=True)
-        _matrix_axes_of(name, axes, params)
+        matrix_axes_of(name, axes, params)
         return optax.EmptyState()
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, optax.EmptyState]:
         del params
-
-        def orthogonalize(matrices: jax.Array) -> jax.Array:
-            return polar_factor(
-                matrices,
-                ns_steps=ns_steps,
-                ns_coeffs=rows,
-                compute_dtype=compute_dtype,
-                eps=eps,
-            )
-
-        def leaf(g: jax.Array, leaf_axes: MatrixAxes) -> jax.Array:
-            wide = trees.widen(g)
-            return map_matrices(orthogonalize, wide, leaf_axes).astype(wide.dtype)
-
-        return jax.tree.map(leaf, updates, _matrix_axes_of(name, axes, updates)), state
+        wide = jax.tree.map(trees.widen, updates)
+        resolved = matrix_axes_of(name, axes, updates)
+        return orthogonalize(wide, resolved, iteration), state
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def orthogonalize(tree: PyTree, axes: PyTree, iteration: NewtonSchulz) -> PyTree:
+    """The polar factors of all matrices of a tree, in the dtypes of its leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    factors = map_all_matrices(
+        lambda blocks: polar_factors(blocks, iteration), leaves, jax.tree.leaves(axes)
+    )
+    cast = [y.astype(x.dtype) for x, y in zip(leaves, factors, strict=True)]
+    return jax.tree.unflatten(structure, cast)
 
 
 def scale_by_matrix_shape(
@@ -155,7 +176,7 @@ def scale_by_matrix_shape(
 
     def init_fn(params: PyTree) -> optax.EmptyState:
         trees.check_floating(name, params)
-        _matrix_axes_of(name, axes, params)
+        matrix_axes_of(name, axes, params)
         return optax.EmptyState()
 
     def update_fn(
@@ -171,6 +192,6 @@ def scale_by_matrix_shape(
         def leaf(u: jax.Array, leaf_axes: MatrixAxes) -> jax.Array:
             return map_matrices(scale, trees.widen(u), leaf_axes)
 
-        return jax.tree.map(leaf, updates, _matrix_axes_of(name, axes, updates)), state
+        return jax.tree.map(leaf, updates, matrix_axes_of(name, axes, updates)), state
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from tests.case import Case
-from tests.cases import adaptive, classical, layerwise, links, matrix, sign, wrapped
+from tests.cases import (
+    adaptive,
+    classical,
+    layerwise,
+    links,
+    matrix,
+    scion,
+    sign,
+    wrapped,
+)
 from tests.cases.expectations import BFLOAT16_RTOL, NEWTON_SCHULZ_RTOL
 
 __all__ = [
@@ -23,7 +32,7 @@ __all__ = [
     "variants_are_slow",
 ]
 
-LINKS = links.CASES
+LINKS = [*links.CASES, *scion.LINKS]
 NAMED = [
     *classical.CASES,
     *adaptive.CASES,
@@ -31,6 +40,7 @@ NAMED = [
     *layerwise.CASES,
     *wrapped.CASES,
     *matrix.CASES,
+    *scion.CASES,
 ]
 CASES = [*LINKS, *NAMED]
 

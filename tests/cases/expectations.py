@@ -33,22 +33,30 @@ def reference(method: Callable[..., list[Array]], **arguments: Any) -> Oracle:
     return oracle
 
 
-def muon_oracle(others: Oracle, **arguments: Any) -> Oracle:
+def matrix_oracle(
+    others: Oracle, method: Callable[..., list[Array]], **arguments: Any
+) -> Oracle:
+    """A method for matrices, and what the other parameters get."""
+
     def oracle(p, grads, learning_rate, is_matrix):
         if not is_matrix:
             return others(p, grads, learning_rate, is_matrix)
         fan_in, fan_out = p.shape
-        return matrix.muon(
+        return method(
             p,
             grads,
             learning_rate=learning_rate,
             fan_in=fan_in,
             fan_out=fan_out,
-            eps=0.0,  # The reference's is absolute, the library's relative.
             **arguments,
         )
 
     return oracle
+
+
+def muon_oracle(others: Oracle, **arguments: Any) -> Oracle:
+    # The eps of the reference is absolute, that of the library relative.
+    return matrix_oracle(others, matrix.muon, eps=0.0, **arguments)
 
 
 def factored_branches(state: Any) -> Mapping[str, bool]:

@@ -10,6 +10,8 @@ from tests.cases.expectations import (
     factored_branches,
 )
 
+_DION_STATIC = ("rank_fraction", "rank_multiple", "power_iterations", "seed")
+
 CASES = [
     Case("scale_by_momentum", ox.scale_by_momentum, {"momentum": 0.9}),
     Case(
@@ -197,6 +199,39 @@ CASES = [
         matrix_only=True,
         scope="block",
         rtol=NEWTON_SCHULZ_RTOL,
+    ),
+    Case(
+        "normalize_neurons",
+        ox.normalize_neurons,
+        complex_supported=False,
+        matrix_only=True,
+        scope="block",
+    ),
+    Case(
+        "scale_by_adamuon",
+        ox.scale_by_adamuon,
+        complex_supported=False,
+        matrix_only=True,
+        scope="block",
+    ),
+    Case(
+        "scale_by_dion",
+        ox.scale_by_dion,
+        static_args=_DION_STATIC,
+        contracts_sharded_axes=True,
+        complex_supported=False,
+        matrix_only=True,
+        scope="block",
+    ),
+    Case(
+        "scale_by_dion-rank_fraction",
+        ox.scale_by_dion,
+        {"rank_fraction": 0.5, "rank_multiple": 2, "power_iterations": 2},
+        static_args=_DION_STATIC,
+        contracts_sharded_axes=True,
+        complex_supported=False,
+        matrix_only=True,
+        scope="block",
     ),
     *(
         Case(

@@ -129,7 +129,9 @@ def test_shampoo_orthogonalizes_the_average(compute_dtype: str):
         ox.mars_correction(),
         ox.scale_by_ema(0.95),
         ox.orthogonalize_via_newton_schulz(
-            ns_coeffs="jordan", compute_dtype=compute_dtype
+            ns_coeffs="jordan",
+            normalization="frobenius",
+            compute_dtype=compute_dtype,
         ),
         ox.scale_by_matrix_shape("keller"),
         ox.descend(0.1, 0.3),

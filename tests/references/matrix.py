@@ -45,7 +45,11 @@ def polar_factor(matrix: npt.ArrayLike, *, tolerance: float = 1e-12) -> Array:
 
 
 def newton_schulz(
-    matrix: npt.ArrayLike, ns_coeffs: Coefficients = JORDAN, *, eps: float = 1e-7
+    matrix: npt.ArrayLike,
+    ns_coeffs: Coefficients = JORDAN,
+    *,
+    eps: float = 1e-7,
+    normalization: Literal["frobenius", "schatten"] = "frobenius",
 ) -> Array:
     """Returns the matrix after one quintic Newton-Schulz step per coefficient row.
 
@@ -54,12 +58,15 @@ def newton_schulz(
     Args:
         matrix: G, shape (m, n).
         ns_coeffs: rows (a, b, c), one per step.
-        eps: added to the Frobenius norm. With 0 a zero matrix still gives zero.
+        eps: added to the norm. With 0 a zero matrix still gives zero.
+        normalization: the norm: "frobenius", or "schatten", the fourth root of the sum
+            of the fourth powers of the singular values, ``norm(G G^T) ** (1 / 2)``.
     """
     x = as_float64(matrix)
     if not x.any():
         return x
-    x = x / (norm(x) + eps)
+    size = norm(x) if normalization == "frobenius" else norm(x @ x.T) ** 0.5
+    x = x / (size + eps)
     for a, b, c in ns_coeffs:
         gram = x @ x.T
         x = a * x + b * gram @ x + c * gram @ gram @ x
@@ -101,6 +108,7 @@ def muon(
     weight_decay: float = 0.0,
     ns_coeffs: Coefficients | None = JORDAN,
     shape_scale: Literal["keller", "spectral", "match_adamw", "none"] = "keller",
+    normalization: Literal["frobenius", "schatten"] = "frobenius",
     eps: float = 1e-7,
 ) -> list[Array]:
     """Runs Muon on one matrix and returns the parameters after every step.
@@ -118,6 +126,7 @@ def muon(
             the shape scale.
         ns_coeffs: Newton-Schulz rows, or None for the exact polar factor.
         shape_scale: see `matrix_shape_scale`.
+        normalization: see `newton_schulz`.
         eps: see `newton_schulz`; not used by the exact polar factor.
     """
     w = as_float64(params)
@@ -131,7 +140,9 @@ def muon(
         if ns_coeffs is None:
             orthogonal = polar_factor(direction)
         else:
-            orthogonal = newton_schulz(direction, ns_coeffs, eps=eps)
+            orthogonal = newton_schulz(
+                direction, ns_coeffs, eps=eps, normalization=normalization
+            )
         w = w * (1 - lr * weight_decay) - lr * scale * orthogonal
         trajectory.append(w)
     return trajectory

@@ -34,7 +34,10 @@ def test_jordan_reference():
     expected = matrix.newton_schulz(g, matrix.JORDAN)
     # Float32 roundings, amplified by the slope 485 of the table at 0.
     np.testing.assert_allclose(
-        orthogonalize(g, ns_coeffs="jordan"), expected, rtol=0, atol=1e-4
+        orthogonalize(g, ns_coeffs="jordan", normalization="frobenius"),
+        expected,
+        rtol=0,
+        atol=1e-4,
     )
 
 
@@ -288,7 +291,6 @@ def test_one_bad_entry_makes_its_matrix_nan():
             {"ns_coeffs": "dion"},
             "ns_coeffs='dion' is .* one of",
         ),
-        (ValueError, {"ns_steps": 6}, "'polar_express' defines 1 to 5 steps"),
         (ValueError, {"ns_coeffs": "you", "ns_steps": 4}, "defines exactly 5 steps"),
         (ValueError, {"ns_steps": 0}, "ns_steps=0 is not allowed; .* integer >= 1"),
         (ValueError, {"ns_coeffs": ((1.0, 2.0, 3.0),)}, "so pass ns_steps=1"),

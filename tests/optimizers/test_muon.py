@@ -33,6 +33,7 @@ def test_golden_numbers():
     tx = ox.muon(
         case.arguments["learning_rate"],
         ns_coeffs="jordan",
+        normalization="frobenius",
         shape_scale="keller",
         weight_decay=0.0,
         compute_dtype="float64",
@@ -52,12 +53,14 @@ def test_golden_numbers():
         ("cans", "spectral", True),
     ],
 )
-def test_reference(name: str, shape_scale: str, nesterov: bool):
+@pytest.mark.parametrize("normalization", ["frobenius", "schatten"])
+def test_reference(name: str, shape_scale: str, nesterov: bool, normalization: str):
     arguments = {
         "b1": 0.9,
         "nesterov": nesterov,
         "weight_decay": 0.3,
         "shape_scale": shape_scale,
+        "normalization": normalization,
     }
     tx = ox.muon(0.1, ns_coeffs=name, compute_dtype="float64", **arguments)
     expected = matrix.muon(
@@ -88,6 +91,7 @@ def test_torch(name: str, leaf: str, compute_dtype: str, atol: float):
     tx = ox.muon(
         case.learning_rates[0],
         ns_coeffs="jordan",
+        normalization="frobenius",
         shape_scale=scale,
         weight_decay=0.1,
         compute_dtype=compute_dtype,
@@ -314,7 +318,12 @@ def test_bfloat16_momentum():
             "muon: adamw_weight_decay=-0.1 is not allowed",
         ),
         (ValueError, {"ns_steps": 0}, "ns_steps=0 is not allowed"),
-        (ValueError, {"ns_steps": 6}, "'polar_express' defines 1 to 5 steps"),
+        (ValueError, {"ns_coeffs": "you", "ns_steps": 6}, "defines exactly 5 steps"),
+        (ValueError, {"method": "fast"}, "method='fast' is not allowed"),
+        (ValueError, {"normalization": "l2"}, "normalization='l2' is not allowed"),
+        (ValueError, {"decay": "L2"}, "decay='L2' is not allowed"),
+        (TypeError, {"debias": 1}, "debias=1 is not allowed"),
+        (TypeError, {"nu_dtype": "int8"}, "nu_dtype='int8' is not allowed"),
         (ValueError, {"ns_coeffs": "standard"}, "ns_coeffs='standard' is not allowed"),
         (TypeError, {"compute_dtype": "int8"}, "compute_dtype='int8' is not allowed"),
         (
