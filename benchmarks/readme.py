@@ -168,6 +168,45 @@ def update_time() -> str:
     return "\n".join(lines)
 
 
+def muon_time() -> str:
+    """An update of Muon beside optax and PyTorch, with the error it buys."""
+    results = json.loads((RESULTS / "muon_time.json").read_text("utf-8"))
+    lines = [
+        "| update | width | ms | of optax's time | of PyTorch's | error, d x d | "
+        "error, d x 4d |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model in results["models"]:
+        found = model["candidates"]
+        ratios = {
+            (row["ours"], row["peer"]): f"{row['ratio'][1]:.2f}"
+            for row in model["ratios"]
+        }
+        for name, entry in found.items():
+            to_optax, to_torch = (
+                ratios.get((name, peer), "-")
+                for peer in ("optax.contrib.muon", "torch.optim.Muon")
+            )
+            errors = entry["polar_error"]
+            lines.append(
+                f"| `{name}` | {model['width']} | {entry['milliseconds'][1]:.0f} | "
+                f"{to_optax} | {to_torch} | {errors['query']:.2f} | "
+                f"{errors['up']:.2f} |"
+            )
+    versions = results["versions"]
+    layers = " and ".join(str(model["layers"]) for model in results["models"])
+    lines += [
+        "",
+        f"All hidden matrices of {layers} transformer layers on {results['threads']} "
+        f"threads of {results['processor']} (bfloat16 matrix units); error: relative "
+        "distance of the direction to the exact polar factor. Medians of "
+        f"{results['rounds']} interleaved rounds; jax {versions['jax']}, optax "
+        f"{versions['optax']} (which computes in float32), PyTorch "
+        f"{versions['torch']}. `python benchmarks/muon_time.py` measures it.",
+    ]
+    return "\n".join(lines)
+
+
 def routing() -> str:
     """What Muon gets of five models, from optax and from here, from its results."""
     results = json.loads((RESULTS / "routing.json").read_text("utf-8"))
@@ -213,6 +252,7 @@ BLOCKS = {
     "main job": main_job,
     "finetune": finetune,
     "routing": routing,
+    "muon time": muon_time,
     "update time": update_time,
 }
 

@@ -53,3 +53,44 @@ def test_update_time_writes_what_it_measured(tmp_path):
         low, median, high = row["ratio_to_optax"]
         assert 0 < low <= median <= high
         assert row["candidates"]["optaxplus"]["state_bytes_per_param"] >= 0
+
+
+def test_muon_time_writes_what_it_measured(tmp_path):
+    out = tmp_path / "muon_time.json"
+    command = [sys.executable, ROOT / "benchmarks" / "muon_time.py", "--small"]
+    command += ["--rounds", "2", "--out", out]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    (model,) = json.loads(out.read_text("utf-8"))["models"]
+    found = model["candidates"]
+    assert {"ox.muon", "ox.muon, float32", "optax.contrib.muon"} <= found.keys()
+    for row in model["ratios"]:
+        low, median, high = row["ratio"]
+        assert 0 < low <= median <= high
+    # The errors that the time is bought with: never above optax's.
+    for key in ("query", "up", "down"):
+        error = found["optax.contrib.muon"]["polar_error"][key]
+        for name, entry in found.items():
+            assert 0 < entry["polar_error"][key] <= 1.01 * error, (name, key)
+
+
+@pytest.mark.tpu
+def test_muon_compile_time_does_not_grow_with_depth(tmp_path):
+    products = []
+    for layers in ("2", "4"):
+        out = tmp_path / f"{layers}.json"
+        script = ROOT / "benchmarks" / "muon_compile_time.py"
+        command = [sys.executable, script, "--layers", layers, "--rounds", "1"]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])
+        }
+        subprocess.run(
+            [*command, "--width", "128", "--out", out],
+            check=True,
+            capture_output=True,
+            env=environment,
+        )
+        found = json.loads(out.read_text("utf-8"))["found"]
+        products.append(found["ox.muon"][0]["products"])
+    # One iteration for each of two shapes, however many layers.
+    assert products[0] == products[1]

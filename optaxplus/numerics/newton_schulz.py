@@ -160,7 +160,7 @@ def iterate(x: jax.Array, iteration: NewtonSchulz) -> jax.Array:
     """Runs the iteration on wide matrices (..., n, m), n <= m, of its dtype."""
     result = x
     for index, rows in enumerate(iteration.blocks(*x.shape[-2:])):
-        gram, scale = _product(result, result.mT, iteration), None
+        gram, scale = _gram(result, iteration), None
         if index == 0:
             gram, result, scale = _normalise(gram, result, iteration)
         result = _block(result, gram, scale, rows, iteration)
@@ -242,7 +242,7 @@ def _in_range(
     def rescaled() -> tuple[jax.Array, jax.Array]:
         unit = power_of_two(x)
         scaled = (x.astype(iteration.accumulator) * unit).astype(iteration.dtype)
-        return _product(scaled, scaled.mT, iteration), unit
+        return _gram(scaled, iteration), unit
 
     return lax.cond(safe, lambda: (gram, jnp.ones_like(trace)), rescaled)
 
@@ -271,14 +271,26 @@ def _or_one(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0.0, 1.0, x)
 
 
+def _gram(x: jax.Array, iteration: NewtonSchulz) -> jax.Array:
+    # Both operands summed over their last axis: a transposed operand would be moved
+    # first on CPUs.
+    return _dot(x, x, x.ndim - 1, iteration)
+
+
 def _product(left: jax.Array, right: jax.Array, iteration: NewtonSchulz) -> jax.Array:
+    return _dot(left, right, right.ndim - 2, iteration)
+
+
+def _dot(
+    left: jax.Array, right: jax.Array, right_axis: int, iteration: NewtonSchulz
+) -> jax.Array:
     # lax.dot_general, not jnp.matmul: matmul widens the operands to the type of the
     # result, which keeps the products off the bfloat16 matrix units.
     batch = tuple(range(left.ndim - 2))
     return lax.dot_general(
         left,
         right,
-        (((left.ndim - 1,), (left.ndim - 2,)), (batch, batch)),
+        (((left.ndim - 1,), (right_axis,)), (batch, batch)),
         preferred_element_type=iteration.accumulator,
         # "highest" keeps float32 operands from being rounded on accelerators.
         precision=lax.Precision.HIGHEST if iteration.dtype.itemsize >= 4 else None,

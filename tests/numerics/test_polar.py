@@ -98,14 +98,11 @@ def test_multiplications_are_those_of_the_program(method: str):
     arguments = {"ns_coeffs": "gram_newton_schulz", "method": method}
     found = products(jax.ShapeDtypeStruct(shape, "float32"), "tpu", **arguments)
     found.pop(1)  # For extreme scales.
-    sizes = [
-        [int(size) for size in operand.split("x")[:-1]]
-        for triple in found
-        for operand in triple[:2]
-    ]
+    # Every entry of the left operand meets every column of the result.
     total = sum(
-        math.prod(left) * right[-1]
-        for left, right in zip(sizes[::2], sizes[1::2], strict=True)
+        math.prod(int(size) for size in left.split("x")[:-1])
+        * int(result.split("x")[1])
+        for left, _, result in found
     )
     rows = COEFFICIENT_TABLES["gram_newton_schulz"].rows
     blocks = in_pairs(rows) if method == "gram" else [(row,) for row in rows]
