@@ -20,7 +20,7 @@ from tests.numerics.spectra import (
     singular_values,
     with_two_singular_values,
 )
-from tests.references import matrix
+from tests.references import matrix, muon_family
 from tests.references.golden import (
     GOLDEN_POLAR_CASES,
     POLAR_DECIMALS,
@@ -86,6 +86,43 @@ def test_reference(name: str, shape: tuple[int, int], normalization: str, method
     # The same for roundings of 6e-8; "deepseek" converges, which damps them.
     atol = 1e-6 * min(AMPLIFICATION[name], 1e3)
     np.testing.assert_allclose(result, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["turbo", "aol", "polar_express"])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5), (1, 7)])
+def test_aol_reference(name: str, shape: tuple[int, int], method: str):
+    x = gaussian(24, shape)
+    rows = resolve_coefficients("test", name, STEPS[name])
+    # Rows are scaled on the short side.
+    wide = x if shape[0] <= shape[1] else x.T
+    expected = muon_family.newton_schulz_steps(
+        muon_family.aol_scaled(wide, eps=0.0), rows
+    )
+    result = in_float64(
+        x,
+        ns_coeffs=name,
+        ns_steps=STEPS[name],
+        normalization="aol",
+        method=method,
+        eps=0.0,
+    )
+    # Some ten roundings of 1e-16, amplified.
+    np.testing.assert_allclose(
+        result if wide is x else result.T, expected, rtol=0, atol=2e-12
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_aol_with_a_zero_row_at_any_scale(scale: float):
+    x = jnp.float32(gaussian(25, (3, 5))).at[1].set(0.0)
+    arguments = {"normalization": "aol", "compute_dtype": "float32"}
+    arguments |= {"ns_coeffs": "turbo", "ns_steps": 4}
+    result = polar_factor(x * scale, **arguments)
+    np.testing.assert_array_equal(result[1], np.zeros(5))
+    # Two singular values of about 1 and the missing one; float32 roundings of a scale.
+    np.testing.assert_allclose(result, polar_factor(x, **arguments), rtol=0, atol=2e-5)
+    assert 0.8 < singular_values(result)[1] < 1.2
 
 
 def test_default_is_polar_express_in_bfloat16():

@@ -255,6 +255,41 @@ def test_decay_does_not_see_the_shape_scale():
     )
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [ox.decay_mask, {"w": True, "b": False, "wte": True}],
+    ids=["function", "tree"],
+)
+@pytest.mark.parametrize("factory", [ox.muon, ox.normuon, ox.adamuon, ox.dion])
+def test_masked_parameters_do_not_decay(factory, mask):
+    zeros = jax.tree.map(jnp.zeros_like, GRADS)
+    params, _ = follow(factory(0.1, weight_decay=0.5, mask=mask), PARAMS, zeros)
+    np.testing.assert_array_equal(params["b"][-1], PARAMS["b"])
+    for key in ("w", "wte"):
+        # Decay by 1 - 0.1·0.5 a step; float32 roundings.
+        assert_trees_close(params[key][-1], 0.95**5 * PARAMS[key], rtol=1e-6)
+
+
+@pytest.mark.parametrize("factory", [ox.muon, ox.normuon, ox.adamuon, ox.dion])
+def test_the_form_of_the_decay_reaches_both_groups(factory):
+    zeros = jax.tree.map(jnp.zeros_like, GRADS)
+    tx = factory(0.1, weight_decay=0.01, decay="independent")
+    params, _ = follow(tx, PARAMS, zeros)
+    # By 1 - 0.01 a step, whatever the learning rate; float32 roundings.
+    assert_trees_close(
+        jax.tree.map(lambda p: p[-1], params),
+        jax.tree.map(lambda p: 0.99**5 * p, PARAMS),
+        rtol=1e-6,
+    )
+
+
+def test_without_decay_no_params_are_needed():
+    tx = ox.muon(0.1, weight_decay=0.0)
+    with_params, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    without, _ = tx.update(PARAMS, tx.init(PARAMS))
+    assert_trees_equal(without, with_params)
+
+
 def test_fused_projections_are_separate_matrices():
     fused = normal_tree((4, 12), seed=4)
     grads = jnp.stack(gradients((4, 12), steps=3))
