@@ -224,8 +224,8 @@ METHODS = (
         "dion(rank_fraction=0.25)",
         ox.dion(0.1, rank_fraction=0.25),
         arxiv("2504.05295"),
-        "matrices so large that Muon's products cost too much",
-        "one device, where Muon is faster",
+        "updates of low rank, what they miss kept for later",
+        "speed: on CPUs its QR takes longer than all of Muon's products",
     ),
 )
 
