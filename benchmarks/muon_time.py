@@ -53,7 +53,7 @@ OPTAX, TORCH = "optax.contrib.muon", "torch.optim.Muon"
 OURS = {
     "ox.muon": {},
     "ox.muon, ns_steps=4": {"ns_steps": 4},
-    "ox.muon, Gram form": {"ns_coeffs": "gram_newton_schulz"},
+    "ox.muon, standard form": {"method": "standard"},
     "ox.muon, float32": {"compute_dtype": "float32"},
 }
 # (ours, peer): the ratio that is to be reached.
@@ -62,8 +62,8 @@ TARGETS = {
     ("ox.muon", TORCH): 0.7,
     ("ox.muon, ns_steps=4", OPTAX): 0.18,
     ("ox.muon, ns_steps=4", TORCH): 0.7,
-    ("ox.muon, Gram form", OPTAX): 0.18,
-    ("ox.muon, Gram form", TORCH): 0.7,
+    ("ox.muon, standard form", OPTAX): 0.18,
+    ("ox.muon, standard form", TORCH): 0.7,
     ("ox.muon, float32", OPTAX): 0.8,
 }
 

@@ -156,25 +156,36 @@ def multiplications(blocks: Sequence[Sequence[Row]], short: int, long: int) -> i
     return total
 
 
-def iterate(x: jax.Array, iteration: NewtonSchulz) -> jax.Array:
-    """Runs the iteration on wide matrices (..., n, m), n <= m, of its dtype."""
-    result = x
-    for index, rows in enumerate(iteration.blocks(*x.shape[-2:])):
-        gram, scale = _gram(result, iteration), None
+def iterate(
+    panels: Sequence[jax.Array], iteration: NewtonSchulz
+) -> Sequence[jax.Array]:
+    """Runs the iteration on wide matrices of its dtype.
+
+    Args:
+      panels: The columns of the matrices: arrays (..., n, w) that form (..., n, m),
+        n <= m, side by side. Each is multiplied by itself.
+      iteration: What `newton_schulz` returns.
+
+    Returns:
+      The panels of the result.
+    """
+    short, long = panels[0].shape[-2], sum(x.shape[-1] for x in panels)
+    for index, rows in enumerate(iteration.blocks(short, long)):
+        gram, scale = _gram(panels, iteration), None
         if index == 0:
-            gram, result, scale = _normalise(gram, result, iteration)
-        result = _block(result, gram, scale, rows, iteration)
-    return result
+            gram, panels, scale = _normalise(gram, panels, iteration)
+        panels = _block(panels, gram, scale, rows, iteration)
+    return panels
 
 
 def _block(
-    x: jax.Array,
+    panels: Sequence[jax.Array],
     gram: jax.Array,
     scale: jax.Array | None,
     rows: Sequence[Row],
     iteration: NewtonSchulz,
-) -> jax.Array:
-    """Applies the steps of one block to scale·x, whose Gram matrix is given.
+) -> Sequence[jax.Array]:
+    """Applies the steps of one block to scale·X, whose Gram matrix is given.
 
     A polynomial of the Gram matrix is kept as (identity, rest), the multiple of the
     identity apart: beside it the rest would lose its digits in low precision.
@@ -200,51 +211,58 @@ def _block(
         rest = combine((1.0, product(rest, step)), (a, rest), (identity, step))
         step_identity, identity = a, identity * a
     if scale is None:
-        return combine((identity, x), (1.0, product(rest, x)))
-    return combine((identity * scale, x), (scale, product(rest, x)))
+        return [combine((identity, x), (1.0, product(rest, x))) for x in panels]
+    return [combine((identity * scale, x), (scale, product(rest, x))) for x in panels]
 
 
 def _normalise(
-    gram: jax.Array, x: jax.Array, iteration: NewtonSchulz
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """(Gram matrix of s·x, x, s) for a scale s that leaves no singular value above 1.
+    gram: jax.Array, panels: Sequence[jax.Array], iteration: NewtonSchulz
+) -> tuple[jax.Array, Sequence[jax.Array], jax.Array | None]:
+    """(Gram matrix of s·X, X, s) for a scale s that leaves no singular value above 1.
 
-    x itself is not rounded once more: its scale is multiplied in at the block's end.
+    X itself is not rounded once more: its scale is multiplied in at the block's end.
     """
-    gram, unit = _in_range(gram, x, iteration)
+    gram, unit = _in_range(gram, panels, iteration)
     margin = 1.0 + iteration.eps
     if iteration.normalization == "aol":
         rows = jnp.sum(jnp.abs(gram), axis=-1, keepdims=True)
         scale = lax.rsqrt(_or_one(rows)) / margin
-        scaled = x.astype(iteration.accumulator) * (unit * scale)
-        return gram * scale * scale.mT, scaled.astype(iteration.dtype), None
+        return gram * scale * scale.mT, _scaled(panels, unit * scale, iteration), None
     trace = _or_one(_trace(gram))
     gram = gram / trace
     if iteration.normalization == "schatten":
         squares = jnp.sum(jnp.square(gram), axis=(-2, -1), keepdims=True)
         norm = jnp.sqrt(_or_one(squares))
         trace, gram = trace * norm, gram / norm
-    return gram / margin**2, x, unit * lax.rsqrt(trace) / margin
+    return gram / margin**2, panels, unit * lax.rsqrt(trace) / margin
 
 
 def _in_range(
-    gram: jax.Array, x: jax.Array, iteration: NewtonSchulz
+    gram: jax.Array, panels: Sequence[jax.Array], iteration: NewtonSchulz
 ) -> tuple[jax.Array, jax.Array]:
-    """The Gram matrix of unit·x and unit, a power of two, 1 but for extreme scales.
+    """The Gram matrix of unit·X and unit, a power of two, 1 but for extreme scales.
 
     Entries of 1e-30 and 1e30 are numbers, their squares are not. To look for them
-    beforehand would be another pass over x; the trace of the Gram matrix tells.
+    beforehand would be another pass over X; the trace of the Gram matrix tells.
     """
     low, high = _SAFE_SQUARES
     trace = _trace(gram)
     safe = jnp.all((trace > low) & (trace < high))
 
     def rescaled() -> tuple[jax.Array, jax.Array]:
-        unit = power_of_two(x)
-        scaled = (x.astype(iteration.accumulator) * unit).astype(iteration.dtype)
-        return _gram(scaled, iteration), unit
+        unit = power_of_two(jnp.concatenate(panels, axis=-1))
+        return _gram(_scaled(panels, unit, iteration), iteration), unit
 
     return lax.cond(safe, lambda: (gram, jnp.ones_like(trace)), rescaled)
+
+
+def _scaled(
+    panels: Sequence[jax.Array], scale: jax.Array, iteration: NewtonSchulz
+) -> Sequence[jax.Array]:
+    return [
+        (x.astype(iteration.accumulator) * scale).astype(iteration.dtype)
+        for x in panels
+    ]
 
 
 def power_of_two(x: jax.Array) -> jax.Array:
@@ -271,10 +289,11 @@ def _or_one(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0.0, 1.0, x)
 
 
-def _gram(x: jax.Array, iteration: NewtonSchulz) -> jax.Array:
+def _gram(panels: Sequence[jax.Array], iteration: NewtonSchulz) -> jax.Array:
     # Both operands summed over their last axis: a transposed operand would be moved
     # first on CPUs.
-    return _dot(x, x, x.ndim - 1, iteration)
+    first, *others = (_dot(x, x, x.ndim - 1, iteration) for x in panels)
+    return sum(others, start=first)
 
 
 def _product(left: jax.Array, right: jax.Array, iteration: NewtonSchulz) -> jax.Array:

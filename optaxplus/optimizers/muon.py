@@ -33,7 +33,7 @@ def muon(
     decay: str = "decoupled",
     mask: Mask = None,
     ns_steps: int = 5,
-    ns_coeffs: str | Sequence[Sequence[float]] = "polar_express",
+    ns_coeffs: str | Sequence[Sequence[float]] = "gram_newton_schulz",
     method: str = "auto",
     normalization: str = "schatten",
     compute_dtype: str = "bfloat16",

@@ -40,7 +40,7 @@ def scion(
     one_hot_roles: Collection[str] = ("embedding",),
     constrained: bool = True,
     ns_steps: int = 5,
-    ns_coeffs: str | Sequence[Sequence[float]] = "polar_express",
+    ns_coeffs: str | Sequence[Sequence[float]] = "gram_newton_schulz",
     method: str = "auto",
     normalization: str = "schatten",
     compute_dtype: str = "bfloat16",

@@ -96,7 +96,7 @@ def scale_by_norm_lmo(
     radius: Scalar = 1.0,
     one_hot: bool = False,
     ns_steps: int = 5,
-    ns_coeffs: str | Sequence[Sequence[float]] = "polar_express",
+    ns_coeffs: str | Sequence[Sequence[float]] = "gram_newton_schulz",
     method: str = "auto",
     normalization: str = "schatten",
     compute_dtype: str = "bfloat16",

@@ -69,7 +69,7 @@ def matrix_axes_of(function: str, axes: Axes, tree: PyTree) -> PyTree:
 def orthogonalize_via_newton_schulz(
     *,
     ns_steps: int = 5,
-    ns_coeffs: str | Sequence[Sequence[float]] = "polar_express",
+    ns_coeffs: str | Sequence[Sequence[float]] = "gram_newton_schulz",
     method: str = "auto",
     normalization: str = "schatten",
     compute_dtype: str = "bfloat16",
@@ -86,7 +86,7 @@ def orthogonalize_via_newton_schulz(
     Args:
       ns_steps: Number of Newton-Schulz steps, >= 1. Static.
       ns_coeffs: Name of a table in `optaxplus.numerics.COEFFICIENT_TABLES`
-        ("polar_express", "polar_express_paper", "gram_newton_schulz", "jordan", "you",
+        ("gram_newton_schulz", "polar_express", "polar_express_paper", "jordan", "you",
         "cans", "turbo", "aol", "cubic5", "cubic", "deepseek"), or `ns_steps` rows
         (a, b, c). Static.
       method: "standard", "gram" or "auto", whichever multiplies less. Static.

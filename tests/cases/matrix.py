@@ -20,7 +20,7 @@ from tests.cases.expectations import (
 from tests.references import adaptive, classical, muon_family
 from tests.references.conventions import Array
 
-_POLAR_EXPRESS = COEFFICIENT_TABLES["polar_express"].rows
+_DEFAULT_ROWS = COEFFICIENT_TABLES["gram_newton_schulz"].rows
 _ADAMW_OF_MUON = reference(adaptive.adamw, b2=0.95, weight_decay=0.1)
 # QR loses as many digits as M·Q has condition; measured: 2.4e-5.
 _QR_RTOL = 1e-4
@@ -169,7 +169,7 @@ CASES = [
         oracle=muon_oracle(
             _ADAMW_OF_MUON,
             weight_decay=0.1,
-            ns_coeffs=_POLAR_EXPRESS,
+            ns_coeffs=_DEFAULT_ROWS,
             shape_scale="match_adamw",
             normalization="schatten",
         ),
@@ -190,7 +190,7 @@ CASES = [
         oracle=muon_oracle(
             _ADAMW_OF_MUON,
             weight_decay=0.1,
-            ns_coeffs=_POLAR_EXPRESS,
+            ns_coeffs=_DEFAULT_ROWS,
             shape_scale="match_adamw",
             normalization="schatten",
         ),

@@ -30,7 +30,7 @@ BANDS = {
 METHODS = ("standard", "gram")
 DEFAULTS = {
     "ns_steps": 5,
-    "ns_coeffs": "polar_express",
+    "ns_coeffs": "gram_newton_schulz",
     "method": "auto",
     "normalization": "schatten",
     "compute_dtype": "bfloat16",

@@ -18,8 +18,11 @@ BANDS = [
     ("polar_express_paper", 5, 1e-2, (0.876, 1.124)),
     ("polar_express_paper", 5, 1e-3, (0.852, 1.124)),
     ("polar_express_paper", 8, 1e-3, (1.000, 1.000)),
+    ("gram_newton_schulz", 4, 1e-2, (0.837, 1.132)),
+    ("gram_newton_schulz", 4, 1e-3, (0.206, 1.132)),
     ("gram_newton_schulz", 5, 1e-2, (0.846, 1.124)),
     ("gram_newton_schulz", 5, 1e-3, (0.729, 1.124)),
+    ("gram_newton_schulz", 6, 1e-3, (0.855, 1.115)),
     ("jordan", 5, 1e-2, (0.682, 1.134)),
     ("jordan", 5, 1e-3, (0.471, 1.202)),
     ("you", 5, 1e-2, (0.978, 1.032)),
@@ -238,6 +241,17 @@ def test_the_published_tables_with_safety_factors():
     np.testing.assert_allclose(
         COEFFICIENT_TABLES["gram_newton_schulz"].rows, gram, rtol=0, atol=6e-11
     )
+    for steps in (4, 6):
+        *found, last = resolve_coefficients("f", "gram_newton_schulz", steps)
+        expected = np.array(
+            polar_express_coefficients(
+                steps,
+                lower_bound=1e-3 * 4.0 ** (5 - steps),
+                safety=0.0,
+                cushion=0.02407327424182761,
+            )
+        )
+        np.testing.assert_allclose([*found, last], expected / 1.05**powers, rtol=1e-14)
     for steps in (1, 5, 8, 10):
         rows = np.array(resolve_coefficients("f", "polar_express_paper", steps))
         expected = listing[np.minimum(np.arange(steps), 7)]
@@ -289,7 +303,7 @@ def test_rows_of_ones_own():
         (
             "keller",
             5,
-            "f: ns_coeffs='keller' is not allowed; .* one of 'polar_express'",
+            "f: ns_coeffs='keller' is not allowed; .* one of 'gram_newton_schulz'",
         ),
         ([[1.0, 2.0]], 1, r"ns_coeffs=\[\[1.0, 2.0\]\] .* sequence of finite rows"),
         ([1.0, 2.0, 3.0], 3, "ns_coeffs=.* sequence of finite rows"),

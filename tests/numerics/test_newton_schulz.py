@@ -125,13 +125,13 @@ def test_aol_with_a_zero_row_at_any_scale(scale: float):
     assert 0.8 < singular_values(result)[1] < 1.2
 
 
-def test_default_is_polar_express_in_bfloat16():
+def test_defaults():
     x = jnp.float32(gaussian(2, (4, 8)))
     explicit = polar_factor(
         x,
         ns_steps=5,
-        ns_coeffs="polar_express",
-        method="standard",
+        ns_coeffs="gram_newton_schulz",
+        method="gram",
         normalization="schatten",
         compute_dtype="bfloat16",
         eps=1e-7,
@@ -342,7 +342,7 @@ def test_zero_in_a_batch_does_not_touch_the_others():
 def test_missing_directions_stay_missing(rank: int):
     x = gaussian(16, (4, rank)) @ gaussian(17, (rank, 5))
     values = singular_values(in_float64(x))
-    low, high = BANDS["polar_express"]
+    low, high = BANDS["gram_newton_schulz"]
     assert values[:rank].min() >= low - 1e-3
     assert values[:rank].max() <= high + 1e-3
     # Float64 zeros are 1e-16, amplified by 1e3.

@@ -148,7 +148,7 @@ def test_no_point_of_the_ball_is_farther(norm: str, shape: tuple[int, int]):
 
 
 def test_newton_schulz_is_within_its_band():
-    # "polar_express" leaves singular values within 0.15 of 1, where they are not tiny.
+    # The table leaves singular values within 0.15 of 1, where they are not tiny.
     b = normal(8, 12)
     u = np.asarray(direction(jnp.asarray(b, jnp.float32), "spectral"), np.float64)
     np.testing.assert_allclose(np.sum(b * u), DUALS["spectral"](b, 8, 12), rtol=0.15)

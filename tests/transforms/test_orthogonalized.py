@@ -75,7 +75,7 @@ def test_every_argument_reaches_the_polar_factor():
     assert_trees_equal(orthogonalize(g, **arguments), polar_factor(g, **arguments))
 
 
-def test_default_is_polar_express_in_bfloat16():
+def test_defaults_are_those_of_the_polar_factor():
     g = normal_tree((4, 6), seed=0)
     assert_trees_equal(apply(ox.orthogonalize_via_newton_schulz(), g), polar_factor(g))
 
