@@ -20,6 +20,7 @@ import optaxplus as ox
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from methods import FROM_OPTAX, METHODS, WRAPPERS, Method
 from routing import OURS, details, misses, summary
+from train_gpt_seeds import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -207,6 +208,69 @@ def muon_time() -> str:
     return "\n".join(lines)
 
 
+def orthogonality() -> str:
+    """What the usual settings of Newton-Schulz reach, from the committed results."""
+    results = json.loads((RESULTS / "orthogonality.json").read_text("utf-8"))
+    sets = ["momenta, step 30", "momenta, step 1200", "random", "condition 1000"]
+    lines = [
+        f"| setting | work, d x d | work, d x 4d | {' | '.join(sets)} |",
+        "|---" * (3 + len(sets)) + "|",
+    ]
+    for label, coefficients, steps, norm in (
+        ("the default", "gram_newton_schulz", 5, "schatten"),
+        ("`ns_steps=4`", "gram_newton_schulz", 4, "schatten"),
+        ('`normalization="frobenius"`', "gram_newton_schulz", 5, "frobenius"),
+        ('`ns_coeffs="polar_express"`', "polar_express", 5, "schatten"),
+        ('`ns_coeffs="you"`', "you", 5, "schatten"),
+        ('`ns_coeffs="turbo", ns_steps=4, normalization="aol"`', "turbo", 4, "aol"),
+        ("most implementations: `jordan`, `frobenius`", "jordan", 5, "frobenius"),
+    ):
+        rows = [
+            row
+            for row in results["rows"]
+            if (row["ns_coeffs"], row["ns_steps"], row["normalization"])
+            == (coefficients, steps, norm)
+            and row["compute_dtype"] == "bfloat16"
+        ]
+        # The form that method="auto" chooses.
+        square, long = (
+            min((row for row in rows if row["shape"] == shape), key=lambda r: r["work"])
+            for shape in ("square", "long")
+        )
+        errors = " | ".join(f"{square['errors'][name]:.3f}" for name in sets)
+        lines.append(f"| {label} | {square['work']:g} | {long['work']:g} | {errors} |")
+    lines += [
+        "",
+        "Work in products of the square with the matrix; relative error of square "
+        "matrices in bfloat16, root mean square: what Muon orthogonalizes in the main "
+        "job, random matrices, and singular values equally spaced in the logarithm. "
+        "`python benchmarks/orthogonality.py` measures all tables, forms, dtypes and "
+        f"condition numbers up to 1e6 (seed {results['seed']}):",
+        "",
+        "![error against work and condition number]"
+        "(benchmarks/results/orthogonality.png)",
+    ]
+    return "\n".join(lines)
+
+
+def seeds() -> str:
+    """The family of Muon beside AdamW with other seeds, from the committed results."""
+    runs = json.loads((RESULTS / "train_gpt_seeds.json").read_text("utf-8"))["trials"]
+    header, *lines = table(runs)
+    count = len({run["seed"] for run in runs})
+    return "\n".join(
+        [
+            *_markdown([header, *lines]),
+            "",
+            f"The main job with {count} other seeds, each optimizer at the best of "
+            "four learning rates: median (smallest to largest) of the last validation "
+            f"loss, and of the step, of {runs[0]['steps']}, at which a run is first as "
+            "good as AdamW ever was with its seed. "
+            "`python benchmarks/train_gpt_seeds.py` trains them.",
+        ]
+    )
+
+
 def routing() -> str:
     """What Muon gets of five models, from optax and from here, from its results."""
     results = json.loads((RESULTS / "routing.json").read_text("utf-8"))
@@ -253,6 +317,8 @@ BLOCKS = {
     "finetune": finetune,
     "routing": routing,
     "muon time": muon_time,
+    "orthogonality": orthogonality,
+    "seeds": seeds,
     "update time": update_time,
 }
 

@@ -85,16 +85,16 @@ def adamw(
     )
 
 
-# adamw and muon: the best of twelve trials each, by the last validation loss (four
-# learning rates, two decay rates of Adam's second moment, with and without clipping).
-# benchmarks/train_gpt_learning_rates.py repeats them, and
+# The first five: the best of four trials each, by the last validation loss, with the
+# same clipping, decay and b2. benchmarks/train_gpt_learning_rates.py repeats them, and
 # benchmarks/results/train_gpt_learning_rates.json has them. The others are reasonable,
 # but hardly tuned.
 RECIPES = {
-    "adamw": Recipe(2e-3, partial(adamw, clip_norm=1.0, b2=0.95, weight_decay=0.1)),
-    "muon": Recipe(
-        4e-3, partial(ox.muon, clip_norm=1.0, adamw_b2=0.99, weight_decay=0.1)
-    ),
+    "adamw": Recipe(2e-3, partial(adamw, b2=0.95, weight_decay=0.1, clip_norm=1.0)),
+    "muon": Recipe(4e-3, partial(ox.muon, clip_norm=1.0)),
+    "normuon": Recipe(4e-3, partial(ox.normuon, clip_norm=1.0)),
+    "adamuon": Recipe(4e-3, partial(ox.adamuon, clip_norm=1.0)),
+    "scion": Recipe(1.8e-4, partial(ox.scion, clip_norm=1.0)),
     "sgd": Recipe(0.3, partial(ox.sgd, momentum=0.9, nesterov=True)),
     "adam": Recipe(2e-3, partial(ox.adam, b2=0.95)),
     "lion": Recipe(4e-4, partial(ox.lion, weight_decay=0.5)),

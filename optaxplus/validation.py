@@ -29,6 +29,7 @@ __all__ = [
     "check_non_negative",
     "check_params",
     "check_positive",
+    "check_static_margin",
     "check_transformation",
     "check_weight_decay",
 ]
@@ -183,6 +184,13 @@ def check_fraction(function: str, **values: Any) -> None:
         _check_number(
             function, argument, value, lambda x: 0 < x <= 1, "a number in (0, 1]"
         )
+
+
+def check_static_margin(function: str, **values: Any) -> None:
+    """Refuses anything but a finite Python number >= 0; arrays as in `check_int`."""
+    for argument, value in values.items():
+        _refuse_array(function, argument, value, "a Python number")
+    check_non_negative(function, **values)
 
 
 def _refuse_array(function: str, argument: str, value: Any, wanted: str) -> None:

@@ -177,6 +177,7 @@ DIFFERENT_DEFAULTS = {
     ("adamuon", "b1"): "as Muon's",
     ("adamuon", "nesterov"): "as Muon's",
     ("adamuon", "eps"): "of the squares; that of Newton-Schulz is another quantity",
+    ("dion", "shape_scale"): "its spectral norm; the link's default is Muon's",
     ("normuon", "b1"): "as Muon's",
     ("normuon", "nesterov"): "as Muon's",
     ("normuon", "eps"): "of the neurons; that of Newton-Schulz is another quantity",

@@ -34,8 +34,10 @@ and does not overflow or vanish, so the direction does not depend on the gradien
 scale.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +119,7 @@ def newton_schulz(
     validation.check_choice(function, "method", method, METHODS)
     validation.check_choice(function, "normalization", normalization, NORMALIZATIONS)
     check_compute_dtype(function, compute_dtype)
-    validation.check_non_negative(function, eps=eps)
+    validation.check_static_margin(function, eps=eps)
     if method == "gram" and not bear_pairs(rows, jnp.dtype(compute_dtype).name):
         raise ValueError(
             f"{function}: method='gram' is not allowed with compute_dtype="
@@ -125,7 +127,7 @@ def newton_schulz(
             "take singular values out of their range. Pass method='auto', or "
             "ns_coeffs='gram_newton_schulz', which leaves room for it."
         )
-    return NewtonSchulz(rows, method, normalization, compute_dtype, eps)
+    return NewtonSchulz(rows, method, normalization, compute_dtype, float(eps))
 
 
 def in_pairs(rows: Sequence[Row]) -> list[tuple[Row, ...]]:
@@ -157,7 +159,7 @@ def multiplications(blocks: Sequence[Sequence[Row]], short: int, long: int) -> i
 
 
 def iterate(
-    panels: Sequence[jax.Array], iteration: NewtonSchulz
+    panels: Sequence[jax.Array], iteration: NewtonSchulz, *, rolled: bool
 ) -> Sequence[jax.Array]:
     """Runs the iteration on wide matrices of its dtype.
 
@@ -165,30 +167,45 @@ def iterate(
       panels: The columns of the matrices: arrays (..., n, w) that form (..., n, m),
         n <= m, side by side. Each is multiplied by itself.
       iteration: What `newton_schulz` returns.
+      rolled: Whether blocks of as many steps are a loop of the program, which makes it
+        shorter, or follow each other, which saves copies of what the loop carries.
 
     Returns:
       The panels of the result.
     """
     short, long = panels[0].shape[-2], sum(x.shape[-1] for x in panels)
-    for index, rows in enumerate(iteration.blocks(short, long)):
-        gram, scale = _gram(panels, iteration), None
-        if index == 0:
-            gram, panels, scale = _normalise(gram, panels, iteration)
-        panels = _block(panels, gram, scale, rows, iteration)
-    return panels
+    first, *others = iteration.blocks(short, long)
+    gram, start, scale = _normalise(_gram(panels, iteration), panels, iteration)
+    result = _block(start, gram, scale, first, iteration)
+
+    def advanced(panels: Sequence[jax.Array], rows: Any) -> list[jax.Array]:
+        return _block(panels, _gram(panels, iteration), None, rows, iteration)
+
+    for _, group in itertools.groupby(others, key=len):
+        blocks = list(group)
+        if rolled and len(blocks) > 1:
+            table = jnp.asarray(blocks, iteration.accumulator)
+            result, _ = lax.scan(
+                lambda x, rows: (advanced(x, rows), None), result, table
+            )
+        else:
+            for rows in blocks:
+                result = advanced(result, rows)
+    return result
 
 
 def _block(
     panels: Sequence[jax.Array],
     gram: jax.Array,
     scale: jax.Array | None,
-    rows: Sequence[Row],
+    rows: Any,
     iteration: NewtonSchulz,
-) -> Sequence[jax.Array]:
+) -> list[jax.Array]:
     """Applies the steps of one block to scale·X, whose Gram matrix is given.
 
     A polynomial of the Gram matrix is kept as (identity, rest), the multiple of the
-    identity apart: beside it the rest would lose its digits in low precision.
+    identity apart: beside it the rest would lose its digits in low precision. `rows`
+    may be an array.
     """
 
     def combine(*terms: tuple[float | jax.Array, jax.Array]) -> jax.Array:

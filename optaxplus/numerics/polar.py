@@ -35,6 +35,9 @@ __all__ = ["polar_factor", "polar_factors"]
 # for 768, 1.1 for 1024.
 _SMALL = 512
 
+# Operands of one concatenation on accelerators.
+_CONCATENATED = 8
+
 
 def polar_factor(
     x: jax.Array,
@@ -58,8 +61,8 @@ def polar_factor(
         two steps at a time after the first; "auto", whichever multiplies less, "gram"
         for matrices more than one and a half times as long as wide. Both are the same
         in exact arithmetic. In bfloat16 "gram" needs coefficients with room for its
-        rounding errors ("gram_newton_schulz", or a safety of 0.05 on all rows) and is
-        refused, or not chosen, for others. Static.
+        rounding errors and is refused, or not chosen, for others: "gram_newton_schulz",
+        "jordan", "cubic", "deepseek" and rows with a safety of 0.05 have it. Static.
       normalization: What x is divided by, so that no singular value exceeds 1:
         "frobenius", the root of the sum of their squares; "schatten", the fourth root
         of the sum of their fourth powers, which is smaller and no work; "aol" divides
@@ -74,15 +77,15 @@ def polar_factor(
     Returns:
       Shape of `x`, float32 (float64 for compute dtype "float64"), rounded to
       `compute_dtype`. The result is the same for x and for any positive multiple of it
-      whose entries are normal float32 numbers (largest entry 1e-34 to 1e37), up to
-      rounding. A zero matrix gives zeros; one with a NaN or an infinity gives NaN
-      throughout; singular values of 0 (rank deficiency) stay 0. A single row or
-      column is normalised to a length inside the table's band.
+      whose Frobenius norm is between 1e-30 and 1e36, up to rounding. A zero matrix
+      gives zeros; one with a NaN or an infinity gives NaN throughout; singular values
+      of 0 (rank deficiency) stay 0. A single row or column is normalised to a length
+      inside the table's band.
 
     Raises:
       TypeError: If `x` is not real floating point, or an argument has a wrong type.
-      ValueError: If `x` has fewer than two axes, an argument is out of range, or the
-        Gram form is asked for where rounding would break it.
+      ValueError: If `x` has fewer than two axes, an argument is out of range, the Gram
+        form is asked for where rounding would break it, or float64 without x64.
 
     Example:
       >>> import jax.numpy as jnp
@@ -129,7 +132,15 @@ def polar_factors(
 
     Returns:
       As many arrays of the same shapes, in the dtype of the accumulator.
+
+    Raises:
+      ValueError: If the products are to be in float64 and JAX has none.
     """
+    if iteration.dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            "Newton-Schulz: compute_dtype='float64' is not allowed while JAX has no "
+            "float64; call jax.config.update('jax_enable_x64', True) first."
+        )
     results = [x.astype(iteration.accumulator) for x in matrices]
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, x in enumerate(matrices):
@@ -147,13 +158,25 @@ def polar_factors(
 def _factors_of_one_shape(
     iteration: NewtonSchulz, *matrices: jax.Array
 ) -> list[jax.Array]:
-    operands = [_operand(x, iteration) for x in matrices]
+    return _factors_of_operands(iteration, *(_operand(x, iteration) for x in matrices))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _factors_of_operands(
+    iteration: NewtonSchulz, *operands: jax.Array
+) -> list[jax.Array]:
     in_turn = not any(_is_sharded(x) for x in operands)
     return lax.platform_dependent(
         *operands,
         cpu=partial(_in_turn if in_turn else _at_once, iteration),
         default=partial(_at_once, iteration),
     )
+
+
+@_factors_of_operands.defjvp
+def _(iteration: NewtonSchulz, operands: Any, tangents: Any) -> Any:
+    # Moving bits has no derivative, and a loop over stacks a costly one.
+    return jax.jvp(partial(_at_once, iteration), operands, tangents)
 
 
 def _operand(x: jax.Array, iteration: NewtonSchulz) -> jax.Array:
@@ -177,14 +200,27 @@ def _at_once(iteration: NewtonSchulz, *matrices: jax.Array) -> list[jax.Array]:
     """All matrices as one batch."""
     wide = [x.mT if _is_tall(x) else x for x in matrices]
     if len(wide) == 1:
-        factors = iterate(wide, iteration)
+        factors = iterate(wide, iteration, rolled=True)
     else:
-        flat = [x.reshape(-1, *x.shape[-2:]) for x in wide]
-        ends = np.cumsum([len(x) for x in flat])[:-1]
-        (stack,) = iterate([jnp.concatenate(flat)], iteration)
+        stacks = [x.reshape(-1, *x.shape[-2:]) for x in wide]
+        ends = np.cumsum([len(x) for x in stacks])[:-1]
+        (stack,) = iterate([_concatenated(stacks)], iteration, rolled=True)
         factors = jnp.split(stack, ends.tolist())
         factors = [y.reshape(x.shape) for x, y in zip(wide, factors, strict=True)]
     return [y.mT if _is_tall(x) else y for x, y in zip(matrices, factors, strict=True)]
+
+
+def _concatenated(stacks: list[jax.Array]) -> jax.Array:
+    """One stack of all, put together a few at a time.
+
+    The TPU compiler takes twice as long for one concatenation of 48 arrays into which
+    it fuses what they are computed from.
+    """
+    while len(stacks) > 1:
+        stacks = lax.optimization_barrier(stacks)
+        starts = range(0, len(stacks), _CONCATENATED)
+        stacks = [jnp.concatenate(stacks[i : i + _CONCATENATED]) for i in starts]
+    return stacks[0]
 
 
 def _in_turn(iteration: NewtonSchulz, *matrices: jax.Array) -> list[jax.Array]:
@@ -249,7 +285,7 @@ def _factor_of_row(
         lambda: _in_rows(row.reshape(short, -1, width).transpose(1, 0, 2)),
     )
     panels = _from_bits(panels, iteration.dtype)
-    panels = _to_bits(jnp.stack(iterate(list(panels), iteration)))
+    panels = _to_bits(jnp.stack(iterate(list(panels), iteration, rolled=False)))
     return lax.cond(
         is_tall,
         lambda: _in_rows(panels.transpose(0, 2, 1)).reshape(-1),

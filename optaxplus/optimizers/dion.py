@@ -45,10 +45,10 @@ def dion(
     `optaxplus.muon`. State: 4 bytes per parameter in hidden matrices and 4 per entry of
     the bases, shorter side times rank; 8 elsewhere.
 
-    microsoft/dion is learning_rate=0.01, weight_decay=0.01. On two CPU cores an update
-    of 768 x 768 matrices takes six times as long as Muon's at full rank, more than
-    twice as long at a quarter; on accelerators it was not measured. AdamW's learning
-    rate does not suit `shape_scale="spectral"`; set `adamw_learning_rate`.
+    microsoft/dion is learning_rate=0.01, weight_decay=0.01. On CPUs an update takes
+    several times as long as Muon's: QR decompositions do not run on matrix units. On
+    accelerators it was not measured. AdamW's learning rate does not suit
+    `shape_scale="spectral"`; set `adamw_learning_rate`.
 
     Args:
       learning_rate: See `optaxplus.custom_types`.

@@ -58,8 +58,8 @@ def muon(
     serve both, and those tuned for AdamW are a good start. State: 4 bytes per parameter
     in hidden matrices, 8 elsewhere.
 
-    Settings that reproduce other implementations, for the matrices. All but the last
-    have ns_coeffs="jordan", ns_steps=5 and normalization="frobenius":
+    Settings that reproduce other implementations, for the matrices. All have
+    ns_steps=5 and normalization="frobenius", all but the last ns_coeffs="jordan":
 
     ====================  ==============  =========================================
     implementation        shape_scale     and

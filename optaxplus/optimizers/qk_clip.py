@@ -100,8 +100,8 @@ def qk_clip(
       The parameters, in the structure, dtypes and sharding of `params`. Factors and
       products are float32 (float64 for float64 parameters), rounded once. Heads that
       are not above the threshold, and share no key with one that is, are returned bit
-      for bit. So are those whose logit is NaN or infinite: no factor would be right,
-      and such a step is for a finiteness guard to skip.
+      for bit. A head whose logit is NaN or infinite counts as not above: no factor
+      would be right, and such a step is for a finiteness guard to skip.
 
     Raises:
       TypeError: If an argument, logits or a projection are not of floating point

@@ -282,7 +282,8 @@ def scale_by_dion(
     b1 = as_decay_rate(b1)
 
     def rank_of(side: int) -> int:
-        multiples = math.ceil(float(rank_fraction) * side / rank_multiple)
+        # 0.07 · 100 is 7.000000000000001 and means 7.
+        multiples = math.ceil(float(rank_fraction) * side / rank_multiple - 1e-9)
         return min(side, rank_multiple * multiples)
 
     def init_basis(param: jax.Array, leaf_axes: MatrixAxes) -> jax.Array:

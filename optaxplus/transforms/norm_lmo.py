@@ -132,9 +132,9 @@ def scale_by_norm_lmo(
 
     Returns:
       A transformation without state; emits float32. The scale of the gradient does not
-      matter, largest entry 1e-34 to 1e37. What the norm divides, a matrix, a row, a
-      column or an entry, stays zero where it is zero, and becomes NaN where it has a
-      NaN or an infinity; "sign" gives an infinity its sign.
+      matter, for Frobenius norms from 1e-30 to 1e36. What the norm divides, a matrix,
+      a row, a column or an entry, stays zero where it is zero, and becomes NaN where it
+      has a NaN or an infinity; "sign" gives an infinity its sign.
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point,

@@ -3,7 +3,7 @@
     O_t = U·Vᵀ of the singular value decomposition of the momentum     (Newton-Schulz)
     u_t = s(fan_in, fan_out) · O_t
 
-Scales s by name (`mode`):
+Scales s by name (`shape_scale`):
 
     match_adamw   0.2·sqrt(max(fan_in, fan_out))     update RMS 0.2, about AdamW's
     keller        sqrt(max(1, fan_out / fan_in))     Keller Jordan's Muon
@@ -94,7 +94,7 @@ def orthogonalize_via_newton_schulz(
         Static.
       compute_dtype: Dtype of the operands of the matrix products: "bfloat16",
         "float16", "float32" or "float64". Sums, the norm and the coefficients are
-        float32. Static.
+        float32 (float64 for "float64"). Static.
       eps: Relative margin added to the norm that normalises a matrix. >= 0. Static.
       axes: Matrix axes, see `optaxplus.custom_types`.
 
@@ -154,12 +154,12 @@ def orthogonalize(tree: PyTree, axes: PyTree, iteration: NewtonSchulz) -> PyTree
 
 
 def scale_by_matrix_shape(
-    mode: str = "match_adamw", *, axes: Axes = None
+    shape_scale: str = "match_adamw", *, axes: Axes = None
 ) -> optax.GradientTransformation:
     """Multiplies every matrix by a factor that depends on its shape alone.
 
     Args:
-      mode: "match_adamw", "keller" or "spectral"; the module docstring has the
+      shape_scale: "match_adamw", "keller" or "spectral"; the module docstring has the
         formulas. Static.
       axes: Matrix axes, see `optaxplus.custom_types`. Each split counts as a matrix.
 
@@ -168,11 +168,11 @@ def scale_by_matrix_shape(
 
     Raises:
       TypeError: If a parameter is not floating point.
-      ValueError: If the mode is unknown, axes do not fit, or a parameter is a vector.
+      ValueError: If the scale is unknown, axes do not fit, or a parameter is a vector.
     """
     name = "scale_by_matrix_shape"
-    validation.check_choice(name, "mode", mode, SHAPE_SCALES)
-    shape_scale = SHAPE_SCALES[mode]
+    validation.check_choice(name, "shape_scale", shape_scale, SHAPE_SCALES)
+    factor = SHAPE_SCALES[shape_scale]
 
     def init_fn(params: PyTree) -> optax.EmptyState:
         trees.check_floating(name, params)
@@ -187,7 +187,7 @@ def scale_by_matrix_shape(
         def scale(matrices: jax.Array) -> jax.Array:
             rows, columns = matrices.shape[-2:]
             # An empty matrix has no ratio of sides, and nothing to scale.
-            return matrices * (shape_scale(rows, columns) if matrices.size else 1.0)
+            return matrices * (factor(rows, columns) if matrices.size else 1.0)
 
         def leaf(u: jax.Array, leaf_axes: MatrixAxes) -> jax.Array:
             return map_matrices(scale, trees.widen(u), leaf_axes)

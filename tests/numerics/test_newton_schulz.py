@@ -218,6 +218,19 @@ def test_scale_does_not_matter(compute_dtype: str, scale: float):
     )
 
 
+@pytest.mark.parametrize("power", [-99, 119])
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
+def test_norms_at_the_ends_of_the_range(power: int, compute_dtype: str):
+    # Frobenius norms of 2e-30 and 7e35, of a matrix with many entries.
+    x = gaussian(30, (64, 256))
+    x = jnp.float32(x / np.linalg.norm(x))
+    usual = polar_factor(x, compute_dtype=compute_dtype)
+    extreme = polar_factor(x * 2.0**power, compute_dtype=compute_dtype)
+    # The scale is a rounding away, and one to bfloat16 may follow from it.
+    atol = {"bfloat16": 2e-2, "float32": 5e-6}[compute_dtype]
+    np.testing.assert_allclose(extreme, usual, rtol=0, atol=atol)
+
+
 def test_scale_does_not_matter_in_float64():
     x = gaussian(6, (3, 6))
     # Roundings of 1e-16, amplified by at most 1e3.

@@ -364,7 +364,7 @@ def test_bfloat16_momentum():
         (
             ValueError,
             {"shape_scale": "moonlight"},
-            "='moonlight' is not allowed; it must be one of 'match_adamw', 'keller'",
+            "shape_scale='moonlight' is not allowed; it must be one of 'match_adamw'",
         ),
         (ValueError, {"adamw_b1": 1.0}, "muon: adamw_b1=1.0 is not allowed"),
         (ValueError, {"adamw_b2": -1}, "muon: adamw_b2=-1 is not allowed"),

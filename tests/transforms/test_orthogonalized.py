@@ -312,7 +312,9 @@ def test_wrong_arguments_are_refused(error, arguments, message: str):
 
 @pytest.mark.parametrize("mode", ["adamw", "Keller", None, 0.2])
 def test_unknown_modes_are_refused(mode):
-    message = f"scale_by_matrix_shape: mode={mode!r} .* 'match_adamw', 'keller', 'spec"
+    message = (
+        f"scale_by_matrix_shape: shape_scale={mode!r} .* 'match_adamw', 'keller', 'spec"
+    )
     with pytest.raises(ValueError, match=message):
         ox.scale_by_matrix_shape(mode)
 
