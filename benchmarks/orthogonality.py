@@ -53,7 +53,7 @@ from gpt import GPT, GPTConfig
 from text import standard_library
 
 RESULTS = Path(__file__).parent / "results"
-MOMENTA = Path("runs/orthogonality/momenta.npz")
+MOMENTA = Path("runs/orthogonality")
 SHAPES = {"square": (128, 128), "long": (128, 512)}
 CAPTURED = (1, 30, 200, 600, 1200)
 CONDITIONS = tuple(10**power for power in range(7))
@@ -268,7 +268,8 @@ def run(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """Measures every setting on every set."""
     sets = synthetic(options.seed)
     if not options.small:
-        sets = momenta(options.momenta, options.seed, console) | sets
+        path = options.momenta / f"momenta_seed_{options.seed}.npz"
+        sets = momenta(path, options.seed, console) | sets
     shapes = by_shape(sets)
     exact = {
         kind: {name: exact_factors(stack) for name, stack in stacks.items()}
@@ -406,7 +407,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="to try the script")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--momenta", type=Path, default=MOMENTA)
+    parser.add_argument(
+        "--momenta",
+        type=Path,
+        default=MOMENTA,
+        help="directory that keeps the momenta (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     matplotlib.use("Agg")

@@ -8,6 +8,7 @@ import argparse
 import inspect
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -204,8 +205,26 @@ def muon_time() -> str:
         f"{results['rounds']} interleaved rounds; jax {versions['jax']}, optax "
         f"{versions['optax']} (which computes in float32), PyTorch "
         f"{versions['torch']}. `python benchmarks/muon_time.py` measures it.",
+        "",
+        _muon_compile_time(),
     ]
     return "\n".join(lines)
+
+
+def _muon_compile_time() -> str:
+    results = json.loads((RESULTS / "muon_compile_time.json").read_text("utf-8"))
+    rounds = results["found"]["ox.muon"]
+    ours, theirs = (
+        statistics.median(r["lower_seconds"] + r["compile_seconds"] for r in found)
+        for found in results["found"].values()
+    )
+    return (
+        f"The compiler for {results['device']} takes {ours:.0f} s for the update of "
+        f"{results['layers']} unstacked layers of width {results['width']}, "
+        f"{results['ratio']:.2f} of the {theirs:.0f} s that it takes for optax's: one "
+        "loop for each of two shapes, not one per matrix. Median of "
+        f"{len(rounds)} rounds; `python benchmarks/muon_compile_time.py`."
+    )
 
 
 def orthogonality() -> str:
@@ -231,8 +250,9 @@ def orthogonality() -> str:
             if (row["ns_coeffs"], row["ns_steps"], row["normalization"])
             == (coefficients, steps, norm)
             and row["compute_dtype"] == "bfloat16"
+            and (row["method"] == "standard" or coefficients != "jordan")
         ]
-        # The form that method="auto" chooses.
+        # The form that method="auto" chooses; other implementations have the standard.
         square, long = (
             min((row for row in rows if row["shape"] == shape), key=lambda r: r["work"])
             for shape in ("square", "long")

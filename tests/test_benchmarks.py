@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
+from benchmarks import orthogonality, train_gpt_seeds
 from benchmarks.peers import ROWS
+from optaxplus.numerics import COEFFICIENT_TABLES
 from tests.assertions import assert_trees_close
 from tests.problems import normal_tree
 from tests.trajectories import run
@@ -72,6 +75,70 @@ def test_muon_time_writes_what_it_measured(tmp_path):
         error = found["optax.contrib.muon"]["polar_error"][key]
         for name, entry in found.items():
             assert 0 < entry["polar_error"][key] <= 1.01 * error, (name, key)
+
+
+@pytest.mark.slow
+def test_orthogonality_writes_what_it_measured(tmp_path):
+    script = ROOT / "benchmarks" / "orthogonality.py"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, script, "--small", "--out", tmp_path],
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
+    results = json.loads((tmp_path / "orthogonality.json").read_text("utf-8"))
+    assert {"date", "device", "versions", "seed"} <= results.keys()
+    tables = {row["ns_coeffs"] for row in results["rows"]}
+    assert tables == set(COEFFICIENT_TABLES)
+    assert (tmp_path / "orthogonality.png").stat().st_size > 10_000
+
+
+def test_orthogonality_of_a_set_of_matrices():
+    tall = np.random.default_rng(0).standard_normal((512, 128))
+    sets = {"one": [tall, tall[:128]], "other": [3 * tall.T, tall[128:256].T]}
+    shapes = orthogonality.by_shape(sets)
+    for kind, shape in orthogonality.SHAPES.items():
+        assert {stack.shape for stack in shapes[kind].values()} == {(1, *shape)}
+    exact = {
+        name: orthogonality.exact_factors(stack)
+        for name, stack in shapes["long"].items()
+    }
+    setting = orthogonality.Setting("deepseek", 10, "gram", "schatten", "float32")
+    found = orthogonality.measure(setting, shapes["long"], exact)
+    # The matrix and a multiple of its transpose, four digits of each error; the table
+    # ends within 5e-4 of 1.
+    assert found["errors"]["one"] == pytest.approx(found["errors"]["other"], rel=0.01)
+    assert 0 < found["errors"]["one"] < 1e-3
+    assert found["largest_singular_value"]["one"] == pytest.approx(1, abs=1e-3)
+    # A step of the first block and of each pair: X·Xᵀ and Q·X; the rest is on the
+    # 128 x 128 Gram matrix, a quarter of such a product.
+    assert orthogonality.work(setting, (128, 512)) == 2 * 6 + (10 + 3 * 4) / 4
+
+
+def test_seeds_are_compared_with_adamw_of_their_own():
+    def run(optimizer: str, seed: int, *losses: float, rate: float = 1.0):
+        validation = [[10 * i, loss] for i, loss in enumerate(losses)]
+        same = {"learning_rate": rate, "arguments": {}, "steps": 20}
+        return {
+            "optimizer": optimizer,
+            "seed": seed,
+            "validation": validation,
+            **same,
+        }
+
+    runs = [
+        run("adamw", 1, 3.0, 2.0, 2.5),
+        run("adamw", 2, 3.0, 1.8, 1.5),
+        run("muon", 1, 9.0, 9.0, 9.0, rate=7.0),  # Of an older sweep.
+        run("muon", 1, 3.0, 1.9, 1.0),
+        run("muon", 2, 3.0, 1.7, 1.6),
+    ]
+    adamw, muon = train_gpt_seeds.summary(runs)
+    assert adamw["steps_to_adamw_best"] == [10, 15, 20]
+    assert muon["loss"] == [1.0, 1.3, 1.6]
+    assert muon["steps_to_adamw_best"] == [10, np.inf, np.inf]
+    assert train_gpt_seeds.table(runs)[2][-1] == "never (10 to never)"
 
 
 @pytest.mark.tpu

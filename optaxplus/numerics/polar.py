@@ -8,7 +8,8 @@ How they go through it depends on the machine. GPUs and TPUs take them as one ba
 CPUs reach their bfloat16 matrix units only with plain two-dimensional products, keep
 in their caches what a single matrix needs, and waste a part of every product on
 handing it to all cores; there a loop takes two matrices at a time, each by products of
-its own that can run beside those of the other.
+its own that can run beside those of the other. A program for CPUs therefore has the
+products of an iteration twice, and once more for an odd matrix at the end.
 """
 
 from collections.abc import Sequence

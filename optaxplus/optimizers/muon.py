@@ -140,7 +140,7 @@ def muon(
     References:
       Keller Jordan et al., Muon (2024), https://kellerjordan.github.io/posts/muon;
       Liu et al., Muon is scalable for LLM training, arXiv 2502.16982; Amsel et al.,
-      Polar Express, arXiv 2505.16932.
+      Polar Express, arXiv 2505.16932; Dao-AILab/gram-newton-schulz (2026).
     """
     name = "muon"
 

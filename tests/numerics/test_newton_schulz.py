@@ -328,7 +328,7 @@ def test_rank_one_is_no_edge(name: str, compute_dtype: str):
     )
     values = singular_values(result)[:, 0]
     low, high = BANDS[name]
-    # As in low precision above.
+    # As in low precision, see test_rounding.py.
     assert values.min() >= low - 0.04
     assert values.max() <= high + 0.04
 

@@ -106,7 +106,13 @@ def test_the_gram_form_stays_in_its_band(name: str, compute_dtype: str, kind: st
     # float32 it is what "deepseek" makes of values below 1e-3, which are none of its
     # band.
     slack = {"bfloat16": 0.1, "float16": 0.02, "float32": 3e-3}[compute_dtype]
-    assert values.max() <= BANDS[name][1] + slack
+    low, high = BANDS[name]
+    assert values.max() <= high + slack
+    # As many as stand out from the roundings of the norm have to arrive, see above.
+    exact = singular_values(x)
+    norms = np.sum(exact**4, axis=-1, keepdims=True) ** 0.25
+    arrived = np.sum(exact / norms >= 2e-2, axis=-1)
+    assert (np.sum(values >= low - slack, axis=-1) >= arrived).all()
 
 
 def test_rows_without_room_for_rounding_do_break_the_gram_form():
@@ -147,5 +153,8 @@ def test_bands_by_condition_number(condition: float, shape: tuple[int, int]):
     values = singular_values(polar_factor(x, ns_steps=6))
     # Six steps reach 2.5e-4 of the norm: at this size condition numbers up to 1e3.
     assert reached.all()
-    assert values.min() >= 0.86 - 0.04
-    assert values.max() <= 1.14 + 0.04
+    # Their band is 0.855 to 1.115; the slacks are those above, of long matrices that of
+    # the Gram form.
+    slack = 0.04 if shape[0] == shape[1] else 0.1
+    assert values.min() >= 0.855 - slack
+    assert values.max() <= 1.115 + slack

@@ -67,11 +67,18 @@ def test_shape_scale_reference(mode: str, shape):
 def test_every_argument_reaches_the_polar_factor():
     g = normal_tree((4, 6), seed=0)
     arguments = {
-        "ns_steps": 2,
-        "ns_coeffs": ((2.0, -1.5, 0.5), (1.5, -0.5, 0.0)),
+        "ns_steps": 3,
+        "ns_coeffs": ((2.0, -1.5, 0.5), (1.5, -0.5, 0.0), (1.5, -0.5, 0.0)),
+        "method": "gram",
+        "normalization": "frobenius",
         "compute_dtype": "float16",
         "eps": 0.1,
     }
+    for name in arguments.keys() - {"ns_coeffs", "ns_steps"}:
+        others = {key: value for key, value in arguments.items() if key != name}
+        assert not np.array_equal(
+            polar_factor(g, **others), polar_factor(g, **arguments)
+        )
     assert_trees_equal(orthogonalize(g, **arguments), polar_factor(g, **arguments))
 
 
