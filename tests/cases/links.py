@@ -235,11 +235,11 @@ CASES = [
     ),
     *(
         Case(
-            f"scale_by_matrix_shape-{mode}",
+            f"scale_by_matrix_shape-{shape_scale}",
             ox.scale_by_matrix_shape,
-            {"mode": mode},
+            {"shape_scale": shape_scale},
             matrix_only=True,
         )
-        for mode in ("match_adamw", "keller", "spectral")
+        for shape_scale in ("match_adamw", "keller", "spectral")
     ),
 ]

@@ -35,7 +35,7 @@ def scion_oracle(
     *,
     hidden: tuple[str, float] = ("spectral", 50.0),
     vector: tuple[str, float] = ("rms", 50.0),
-    ns_coeffs: str = "polar_express",
+    ns_coeffs: str = "gram_newton_schulz",
     constrained: bool = True,
 ) -> Oracle:
     def oracle(p, grads, learning_rate, is_matrix):
