@@ -110,9 +110,9 @@ def test_muon_multiplies_bfloat16_matrices_into_float32(params):
     products = re.findall(
         r" = (\w+)\[[^\n]*? convolution\(%([\w.-]+), %([\w.-]+)\)", text
     )
-    # For each of the two shapes, up to transposition, a first step of three products and
-    # the Gram matrix of extreme scales; then a loop over steps of three products for
-    # the square one, over pairs of steps of seven, in the Gram form, for the long one.
+    # For each of the two shapes, up to transposition, a first step of three products
+    # and the Gram matrix of extreme scales; then a loop over steps of three products
+    # for the square one, over pairs of steps of seven products for the long one.
     assert len(products) == (4 + 3) + (4 + 7)
     for result, left, right in products:
         assert (result, dtype_of[left], dtype_of[right]) == ("f32", "bf16", "bf16")
