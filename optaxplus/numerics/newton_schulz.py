@@ -46,6 +46,7 @@ from jax import lax
 
 from optaxplus import validation
 from optaxplus.numerics.coefficients import Row, resolve_coefficients
+from optaxplus.numerics.norms import or_one
 
 __all__ = [
     "NewtonSchulz",
@@ -243,13 +244,13 @@ def _normalise(
     margin = 1.0 + iteration.eps
     if iteration.normalization == "aol":
         rows = jnp.sum(jnp.abs(gram), axis=-1, keepdims=True)
-        scale = lax.rsqrt(_or_one(rows)) / margin
+        scale = lax.rsqrt(or_one(rows)) / margin
         return gram * scale * scale.mT, _scaled(panels, unit * scale, iteration), None
-    trace = _or_one(_trace(gram))
+    trace = or_one(_trace(gram))
     gram = gram / trace
     if iteration.normalization == "schatten":
         squares = jnp.sum(jnp.square(gram), axis=(-2, -1), keepdims=True)
-        norm = jnp.sqrt(_or_one(squares))
+        norm = jnp.sqrt(or_one(squares))
         trace, gram = trace * norm, gram / norm
     return gram / margin**2, panels, unit * lax.rsqrt(trace) / margin
 
@@ -299,11 +300,6 @@ def power_of_two(x: jax.Array) -> jax.Array:
 
 def _trace(gram: jax.Array) -> jax.Array:
     return jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-
-
-def _or_one(x: jax.Array) -> jax.Array:
-    # Zero matrices are divided by 1 and stay zero.
-    return jnp.where(x == 0.0, 1.0, x)
 
 
 def _gram(panels: Sequence[jax.Array], iteration: NewtonSchulz) -> jax.Array:

@@ -16,6 +16,7 @@ __all__ = [
     "block_rms",
     "mean_square",
     "mix_square",
+    "or_one",
     "scaled_square",
 ]
 
@@ -95,3 +96,8 @@ def block_rms(x: jax.Array, axes: MatrixAxes) -> jax.Array:
     Arguments and result as in `block_norm`.
     """
     return jnp.sqrt(reduce_blocks(mean_square, x, axes))
+
+
+def or_one(norm: jax.Array) -> jax.Array:
+    """1 where a norm is 0, so that what it divides stays zero."""
+    return jnp.where(norm == 0.0, jnp.ones_like(norm), norm)

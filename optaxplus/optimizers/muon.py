@@ -77,7 +77,8 @@ def muon(
     ====================  ==============  =========================================
 
     They send other parameters to Muon: optax every parameter of two axes, embeddings
-    and output heads among them.
+    and output heads among them. microsoft/dion divides by 1.02 times the norm, which
+    no argument here does.
 
     Args:
       learning_rate: See `optaxplus.custom_types`.

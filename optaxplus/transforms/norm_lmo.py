@@ -41,7 +41,7 @@ from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, PyTree, Scalar
 from optaxplus.numerics.matrix_axes import MatrixAxes, map_matrices, reduce_blocks
 from optaxplus.numerics.newton_schulz import newton_schulz
-from optaxplus.numerics.norms import mean_square
+from optaxplus.numerics.norms import mean_square, or_one
 from optaxplus.partition.inference import axes_of
 from optaxplus.transforms.orthogonalized import orthogonalize
 
@@ -51,21 +51,16 @@ NORMS = ("spectral", "sign", "per_input", "per_output", "rms")
 _NORMS_OF_MATRICES = ("spectral", "per_input", "per_output")
 
 
-def _or_one(x: jax.Array) -> jax.Array:
-    # Zero vectors are divided by 1 and stay zero.
-    return jnp.where(x == 0.0, jnp.ones_like(x), x)
-
-
 def _with_unit_rms(x: jax.Array, axes: MatrixAxes) -> jax.Array:
     """Each matrix or vector over its root mean square."""
 
     def rms(block: jax.Array, over: tuple[int, ...]) -> jax.Array:
         # Squares of 1e-30 and 1e30 are no numbers; those of the ratios are.
         largest = jnp.max(jnp.abs(block), axis=over, keepdims=True, initial=0.0)
-        largest = _or_one(largest)
+        largest = or_one(largest)
         return largest * jnp.sqrt(mean_square(block / largest, over))
 
-    return x / _or_one(reduce_blocks(rms, x, axes))
+    return x / or_one(reduce_blocks(rms, x, axes))
 
 
 def _direction(
