@@ -30,6 +30,8 @@ from optaxplus.partition.routing import route
 from optaxplus.partition.rules import DEFAULT_RULES, LORA_RULES, Rule, stacked
 from optaxplus.report.memory import MemoryReport, memory_report
 from optaxplus.report.routing_table import RoutingTable, explain_routing
+from optaxplus.sharding.placement import Placement
+from optaxplus.sharding.state_specs import state_sharding
 from optaxplus.transforms.accumulation import AccumulateState, accumulate
 from optaxplus.transforms.adaptive.adagrad import ScaleByAdagradState, scale_by_adagrad
 from optaxplus.transforms.adaptive.adam import ScaleByAdamState, scale_by_adam
@@ -94,6 +96,7 @@ __all__ = [
     "MatrixAxes",
     "MemoryReport",
     "NormalizeNeuronsState",
+    "Placement",
     "RoutingTable",
     "Rule",
     "ScaleByAdagradState",
@@ -181,5 +184,6 @@ __all__ = [
     "signum",
     "stable_adamw",
     "stacked",
+    "state_sharding",
     "trust_ratio",
 ]

@@ -17,6 +17,14 @@ mask (`Mask`)
     A pytree of bools, a prefix of the parameters' tree, or a function from the
     parameters to one, as in `optax.masked`. True where the step applies. Static if a
     function, as `axes`.
+placement
+    Which device does the matrix work where parameters are sharded over a mesh. "auto"
+    reads how they lie from their types under a mesh with Explicit axes; under one with
+    Auto axes, where types do not tell, it asks the compiler to bring whole matrices to
+    every device. An `optaxplus.Placement` says how they lie. Either way a matrix is
+    moved once there and once back, and computed by one device, or by a few where there
+    are more devices than matrices. None leaves everything to the compiler. On one
+    device it makes no difference. Static.
 mu_dtype, nu_dtype (`DTypeName`)
     The floating-point dtype in which first and second moments are stored; the
     arithmetic is float32 whatever it is. "float32", the default whatever the

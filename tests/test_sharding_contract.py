@@ -157,17 +157,7 @@ def test_many_devices_agree_with_one(case: Case) -> None:
     assert_placed(state, specs, mesh)
 
 
-def on_explicit_mesh(case: Case):
-    """The row, which fails where it contracts a sharded axis without saying so."""
-    marks = (
-        [pytest.mark.xfail(reason="no placement yet")]
-        if case.contracts_sharded_axes
-        else []
-    )
-    return pytest.param(case, marks=marks, id=case.name)
-
-
-@pytest.mark.parametrize("case", [on_explicit_mesh(case) for case in CASES])
+@each_case
 def test_shardings_in_types(case: Case) -> None:
     tx = case.make()
     mesh = make_mesh(AxisType.Explicit)

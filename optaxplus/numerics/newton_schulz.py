@@ -35,8 +35,9 @@ scale.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -50,11 +51,15 @@ from optaxplus.numerics.norms import or_one
 
 __all__ = [
     "NewtonSchulz",
+    "Step",
+    "bytes_of_sums",
     "check_compute_dtype",
     "iterate",
+    "largest_entry",
     "multiplications",
     "newton_schulz",
     "power_of_two",
+    "steps_of_panels",
 ]
 
 METHODS = ("auto", "standard", "gram")
@@ -176,7 +181,8 @@ def iterate(
     """
     short, long = panels[0].shape[-2], sum(x.shape[-1] for x in panels)
     first, *others = iteration.blocks(short, long)
-    gram, start, scale = _normalise(_gram(panels, iteration), panels, iteration)
+    gram, unit = _in_range(_gram(panels, iteration), panels, iteration)
+    gram, start, scale = _normalise(gram, panels, unit, iteration)
     result = _block(start, gram, scale, first, iteration)
 
     def advanced(panels: Sequence[jax.Array], rows: Any) -> list[jax.Array]:
@@ -234,13 +240,16 @@ def _block(
 
 
 def _normalise(
-    gram: jax.Array, panels: Sequence[jax.Array], iteration: NewtonSchulz
+    gram: jax.Array,
+    panels: Sequence[jax.Array],
+    unit: jax.Array,
+    iteration: NewtonSchulz,
 ) -> tuple[jax.Array, Sequence[jax.Array], jax.Array | None]:
     """(Gram matrix of s·X, X, s) for a scale s that leaves no singular value above 1.
 
     X itself is not rounded once more: its scale is multiplied in at the block's end.
+    `gram` is the Gram matrix of unit·X.
     """
-    gram, unit = _in_range(gram, panels, iteration)
     margin = 1.0 + iteration.eps
     if iteration.normalization == "aol":
         rows = jnp.sum(jnp.abs(gram), axis=-1, keepdims=True)
@@ -268,7 +277,7 @@ def _in_range(
     safe = jnp.all((trace > low) & (trace < high))
 
     def rescaled() -> tuple[jax.Array, jax.Array]:
-        unit = power_of_two(jnp.concatenate(panels, axis=-1))
+        unit = power_of_two(largest_entry(jnp.concatenate(panels, axis=-1)))
         return _gram(_scaled(panels, unit, iteration), iteration), unit
 
     return lax.cond(safe, lambda: (gram, jnp.ones_like(trace)), rescaled)
@@ -283,19 +292,97 @@ def _scaled(
     ]
 
 
-def power_of_two(x: jax.Array) -> jax.Array:
-    """The power of two that brings the largest entry of each matrix to [1, 2).
+def largest_entry(x: jax.Array) -> jax.Array:
+    """The largest absolute entry of each matrix, shape (..., 1, 1)."""
+    return jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0)
 
-    Shape (..., 1, 1), of the dtype in which `x` is summed; 1 for matrices that are zero
-    or not finite. Multiplying by it rounds nothing.
+
+def power_of_two(largest: jax.Array) -> jax.Array:
+    """The power of two that brings the largest entry of a matrix to [1, 2).
+
+    In the dtype in which matrices are summed; 1 for what is zero or not finite.
+    Multiplying by it rounds nothing.
     """
-    dtype = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0)
+    dtype = jnp.dtype(jnp.float64 if largest.dtype == jnp.float64 else jnp.float32)
     _, exponent = jnp.frexp(largest.astype(dtype))
     # The smallest powers have no normal reciprocal.
     exponent = jnp.clip(exponent, jnp.finfo(dtype).minexp + 3, None)
     unit = jnp.ldexp(jnp.ones_like(largest, dtype), 1 - exponent)
     return jnp.where(jnp.isfinite(largest) & (largest > 0), unit, 1.0)
+
+
+# Panels of one matrix on several devices, which add up what each of them has.
+
+Step = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def steps_of_panels(iteration: NewtonSchulz, short: int, long: int) -> list[Step]:
+    """The iteration on one panel, cut where panels need each other.
+
+    Args:
+      iteration: What `newton_schulz` returns.
+      short: Rows of the whole matrices.
+      long: Columns of the whole matrices.
+
+    Returns:
+      Functions (panels, total) -> (panels, part): panels are (count, short, width), of
+      the dtype of the products from the second on; `total` is the sum, over all panels
+      of a matrix, of the `part` that the function before returned. The first gets None,
+      the last gives it.
+    """
+    first, *others = iteration.blocks(short, long)
+
+    def begin(x: jax.Array, total: None) -> tuple[jax.Array, jax.Array]:
+        del total
+        return x, largest_entry(x).astype(iteration.accumulator)
+
+    def rescale(x: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # The sum of the largest is not far above the largest of all.
+        (x,) = _scaled([x], power_of_two(total), iteration)
+        return x, _quarters(_gram([x], iteration))
+
+    def advance(rows: Any, is_last: bool, x: jax.Array, total: jax.Array) -> Any:
+        panels, scale, gram = [x], None, _from_quarters(total)
+        if rows is first:
+            unit = jnp.ones_like(_trace(gram))
+            gram, panels, scale = _normalise(gram, panels, unit, iteration)
+        (x,) = _block(panels, gram, scale, rows, iteration)
+        return x, None if is_last else _quarters(_gram([x], iteration))
+
+    blocks = [first, *others]
+    return [
+        begin,
+        rescale,
+        *(partial(advance, rows, rows is blocks[-1]) for rows in blocks),
+    ]
+
+
+def bytes_of_sums(iteration: NewtonSchulz, short: int, long: int) -> int:
+    """Bytes of everything that the panels of a matrix have to sum."""
+    entries = 3 * (short // 2) ** 2 if short % 2 == 0 else short**2
+    blocks = len(iteration.blocks(short, long))
+    return blocks * entries * iteration.accumulator.itemsize
+
+
+def _quarters(gram: jax.Array) -> jax.Array:
+    """What determines a symmetric matrix: three quarters of it, (..., 3, n/2, n/2)."""
+    half = gram.shape[-1] // 2
+    if gram.shape[-1] % 2:
+        return gram[..., None, :, :]
+    corners = (
+        gram[..., :half, :half],
+        gram[..., half:, :half],
+        gram[..., half:, half:],
+    )
+    return jnp.stack(corners, axis=-3)
+
+
+def _from_quarters(quarters: jax.Array) -> jax.Array:
+    if quarters.shape[-3] == 1:
+        return quarters[..., 0, :, :]
+    top, below, bottom = jnp.moveaxis(quarters, -3, 0)
+    rows = ((top, below.mT), (below, bottom))
+    return jnp.concatenate([jnp.concatenate(row, axis=-1) for row in rows], axis=-2)
 
 
 def _trace(gram: jax.Array) -> jax.Array:

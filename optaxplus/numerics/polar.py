@@ -25,11 +25,12 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from optaxplus.numerics.newton_schulz import (
     NewtonSchulz,
     iterate,
+    largest_entry,
     newton_schulz,
     power_of_two,
 )
 
-__all__ = ["polar_factor", "polar_factors"]
+__all__ = ["concatenated", "in_rows", "polar_factor", "polar_factors"]
 
 # Rows from which panels pay. Measured on two cores, bfloat16, four panels, all of
 # Muon's update: 1.16 times as slow for 256 rows, as fast for 512, 1.05 times as fast
@@ -184,7 +185,7 @@ def _operand(x: jax.Array, iteration: NewtonSchulz) -> jax.Array:
     """X in the dtype of the products."""
     if iteration.dtype == jnp.float16:
         # Its range is that of no gradient; bfloat16 has the range of float32.
-        x = x.astype(iteration.accumulator) * power_of_two(x)
+        x = x.astype(iteration.accumulator) * power_of_two(largest_entry(x))
     return x.astype(iteration.dtype)
 
 
@@ -205,13 +206,13 @@ def _at_once(iteration: NewtonSchulz, *matrices: jax.Array) -> list[jax.Array]:
     else:
         stacks = [x.reshape(-1, *x.shape[-2:]) for x in wide]
         ends = np.cumsum([len(x) for x in stacks])[:-1]
-        (stack,) = iterate([_concatenated(stacks)], iteration, rolled=True)
+        (stack,) = iterate([concatenated(stacks)], iteration, rolled=True)
         factors = jnp.split(stack, ends.tolist())
         factors = [y.reshape(x.shape) for x, y in zip(wide, factors, strict=True)]
     return [y.mT if _is_tall(x) else y for x, y in zip(matrices, factors, strict=True)]
 
 
-def _concatenated(stacks: list[jax.Array]) -> jax.Array:
+def concatenated(stacks: list[jax.Array]) -> jax.Array:
     """One stack of all, put together a few at a time.
 
     The TPU compiler takes twice as long for one concatenation of 48 arrays into which
@@ -282,15 +283,15 @@ def _factor_of_row(
     width = _panel_width(short, long)
     panels = lax.cond(
         is_tall,
-        lambda: _in_rows(row.reshape(-1, width, short).transpose(0, 2, 1)),
-        lambda: _in_rows(row.reshape(short, -1, width).transpose(1, 0, 2)),
+        lambda: in_rows(row.reshape(-1, width, short).transpose(0, 2, 1)),
+        lambda: in_rows(row.reshape(short, -1, width).transpose(1, 0, 2)),
     )
     panels = _from_bits(panels, iteration.dtype)
     panels = _to_bits(jnp.stack(iterate(list(panels), iteration, rolled=False)))
     return lax.cond(
         is_tall,
-        lambda: _in_rows(panels.transpose(0, 2, 1)).reshape(-1),
-        lambda: _in_rows(panels.transpose(1, 0, 2)).reshape(-1),
+        lambda: in_rows(panels.transpose(0, 2, 1)).reshape(-1),
+        lambda: in_rows(panels.transpose(1, 0, 2)).reshape(-1),
     )
 
 
@@ -302,7 +303,7 @@ def _panel_width(short: int, long: int) -> int:
     return next(width for width in range(least, long + 1) if long % width == 0)
 
 
-def _in_rows(x: jax.Array) -> jax.Array:
+def in_rows(x: jax.Array) -> jax.Array:
     """x, row after row in memory."""
     # A layout makes a transposition a copy, by XLA's blocked transposition. Left to
     # itself, XLA folds it into the product, which is then five times slower.

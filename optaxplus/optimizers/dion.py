@@ -123,5 +123,6 @@ def dion(
         adamw_weight_decay=adamw_weight_decay,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
+        placement=None,
         fallback=fallback,
     )

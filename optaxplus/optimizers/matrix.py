@@ -23,6 +23,7 @@ from optaxplus.numerics.hyperparameters import is_zero
 from optaxplus.partition.inference import label_of_role
 from optaxplus.partition.routing import route
 from optaxplus.partition.rules import Rule, check_rules
+from optaxplus.sharding.placement import Placement, check_placement, check_specs
 from optaxplus.transforms.adaptive.adam import scale_by_adam
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.clipping import clip_by_global_norm
@@ -52,6 +53,7 @@ def matrices_and_others(
     adamw_weight_decay: ScalarOrSchedule | None,
     mu_dtype: DTypeName,
     nu_dtype: DTypeName,
+    placement: Placement | str | None,
     fallback: Fallback,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the optimizer `name` from the direction of its hidden matrices.
@@ -72,6 +74,7 @@ def matrices_and_others(
     if clip_norm is not None:
         validation.check_positive(name, clip_norm=clip_norm)
     clip = optax.identity() if clip_norm is None else clip_by_global_norm(clip_norm)
+    check_placement(name, placement)
     others = _transformations_of(name, fallback, check_rules(name, rules))
     adam = scale_by_adam(
         adamw_b1, adamw_b2, eps=adamw_eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype
@@ -106,6 +109,10 @@ def matrices_and_others(
         decayed = trees.resolve_mask(name, mask, trees.unflatten_like(tree, arrays))
         return route(lambda roles, axes: build(roles, axes, decayed), rules, name=name)
 
+    def init_fn(params: PyTree) -> Any:
+        check_specs(name, placement, params, is_whole=True)
+        return routed(params).init(params)
+
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
@@ -113,9 +120,7 @@ def matrices_and_others(
 
     decays = not (is_zero(weight_decay) and is_zero(adamw_weight_decay))
     return chain_in_float32(
-        optax.GradientTransformationExtraArgs(
-            lambda params: routed(params).init(params), update_fn
-        ),
+        optax.GradientTransformationExtraArgs(init_fn, update_fn),
         requires_params=name if decays else None,
     )
 

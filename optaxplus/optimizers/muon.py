@@ -13,6 +13,7 @@ from optaxplus.custom_types import (
 )
 from optaxplus.optimizers.matrix import Fallback, matrices_and_others
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
+from optaxplus.sharding.placement import Placement
 from optaxplus.transforms.momentum import scale_by_ema
 from optaxplus.transforms.orthogonalized import (
     orthogonalize_via_newton_schulz,
@@ -46,6 +47,7 @@ def muon(
     adamw_weight_decay: ScalarOrSchedule | None = None,
     mu_dtype: DTypeName = "float32",
     nu_dtype: DTypeName = "float32",
+    placement: Placement | str | None = "auto",
     fallback: Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for hidden weight matrices, AdamW for everything else.
@@ -117,6 +119,8 @@ def muon(
       mu_dtype: Dtype of the momentum of matrices and of AdamW's first moment, see
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of AdamW's second moment. Static.
+      placement: Which device orthogonalizes which matrices, see
+        `optaxplus.custom_types`. Static.
       fallback: Replaces AdamW by another transformation, learning rate and sign
         included, or by a mapping from labels to transformations ("adamw" may be among
         them, "muon" and "frozen" may not). Static.
@@ -155,6 +159,7 @@ def muon(
                 normalization=normalization,
                 compute_dtype=compute_dtype,
                 axes=axes,
+                placement=placement,
             ),
             scale_by_matrix_shape(shape_scale, axes=axes),
         )
@@ -175,5 +180,6 @@ def muon(
         adamw_weight_decay=adamw_weight_decay,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
+        placement=placement,
         fallback=fallback,
     )

@@ -8,6 +8,7 @@ from optaxplus import validation
 from optaxplus.custom_types import Axes, DTypeName, Mask, Scalar, ScalarOrSchedule
 from optaxplus.optimizers.matrix import Fallback, matrices_and_others
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
+from optaxplus.sharding.placement import Placement
 from optaxplus.transforms.momentum import scale_by_ema
 from optaxplus.transforms.normalized import normalize_neurons, scale_by_adamuon
 from optaxplus.transforms.orthogonalized import (
@@ -44,6 +45,7 @@ def normuon(
     adamw_weight_decay: ScalarOrSchedule | None = None,
     mu_dtype: DTypeName = "float32",
     nu_dtype: DTypeName = "float32",
+    placement: Placement | str | None = "auto",
     fallback: Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
     """NorMuon: Muon whose neurons all take steps of the same size.
@@ -87,6 +89,8 @@ def normuon(
       mu_dtype: Dtype of the momentum of matrices and of AdamW's first moment, see
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of all second moments. Static.
+      placement: Which device orthogonalizes which matrices, see
+        `optaxplus.custom_types`. Static.
       fallback: Replaces AdamW, see `optaxplus.muon`. Static.
 
     Returns:
@@ -114,6 +118,7 @@ def normuon(
                 normalization=normalization,
                 compute_dtype=compute_dtype,
                 axes=axes,
+                placement=placement,
             ),
             normalize_neurons(b2, eps=eps, nu_dtype=nu_dtype, axes=axes),
             scale_by_matrix_shape(shape_scale, axes=axes),
@@ -135,6 +140,7 @@ def normuon(
         adamw_weight_decay=adamw_weight_decay,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
+        placement=placement,
         fallback=fallback,
     )
 
@@ -165,6 +171,7 @@ def adamuon(
     adamw_weight_decay: ScalarOrSchedule | None = None,
     mu_dtype: DTypeName = "float32",
     nu_dtype: DTypeName = "float32",
+    placement: Placement | str | None = "auto",
     fallback: Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMuon: Muon whose entries take steps by their own second moment.
@@ -209,6 +216,8 @@ def adamuon(
       mu_dtype: Dtype of the momentum of matrices and of AdamW's first moment, see
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of all second moments. Static.
+      placement: Which device orthogonalizes which matrices, see
+        `optaxplus.custom_types`. Static.
       fallback: Replaces AdamW, see `optaxplus.muon`. Static.
 
     Returns:
@@ -238,6 +247,7 @@ def adamuon(
                 normalization=normalization,
                 compute_dtype=compute_dtype,
                 axes=axes,
+                placement=placement,
             ),
             scale_by_adamuon(b2, eps=eps, nu_dtype=nu_dtype, axes=axes),
             scale_by_matrix_shape(shape_scale, axes=axes),
@@ -259,5 +269,6 @@ def adamuon(
         adamw_weight_decay=adamw_weight_decay,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
+        placement=placement,
         fallback=fallback,
     )

@@ -12,6 +12,7 @@ from optaxplus.numerics.matrix_axes import MatrixAxes
 from optaxplus.partition import names
 from optaxplus.partition.routing import route
 from optaxplus.partition.rules import DEFAULT_RULES, Rule, check_rules
+from optaxplus.sharding.placement import Placement, check_placement, check_specs
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.clipping import clip_by_global_norm
 from optaxplus.transforms.momentum import scale_by_ema
@@ -46,6 +47,7 @@ def scion(
     compute_dtype: str = "bfloat16",
     rules: Sequence[Rule] = DEFAULT_RULES,
     mu_dtype: DTypeName = "float32",
+    placement: Placement | str | None = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """Scion: momentum, and the point of a norm ball that lies farthest against it.
 
@@ -113,6 +115,8 @@ def scion(
       rules: What each parameter is, see `optaxplus.infer_matrix_axes`; "frozen"
         parameters have no state and do not move. Static.
       mu_dtype: Dtype of the momentum, see `optaxplus.custom_types`. Static.
+      placement: Which device orthogonalizes which matrices, see
+        `optaxplus.custom_types`. Static.
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params if
@@ -148,6 +152,7 @@ def scion(
         validation.check_positive(name, clip_norm=clip_norm)
     validation.check_decay_rate(name, b1=b1)
     validation.check_floating_dtype(name, mu_dtype=mu_dtype)
+    check_placement(name, placement)
     given = {rule.role for rule in check_rules(name, rules)}
     moving = {*SCION_NORMS, *given} - {"frozen"}
     balls = _checked_norms(norms, moving)
@@ -165,6 +170,7 @@ def scion(
             normalization=normalization,
             compute_dtype=compute_dtype,
             axes=axes,
+            placement=placement,
         )
 
     clip = optax.identity() if clip_norm is None else clip_by_global_norm(clip_norm)
@@ -185,8 +191,15 @@ def scion(
             optax.masked(step, moves),
         )
 
+    routed = route(build, rules, name=name)
+
+    def init_fn(params: PyTree) -> optax.OptState:
+        check_specs(name, placement, params, is_whole=True)
+        return routed.init(params)
+
     return chain_in_float32(
-        route(build, rules, name=name), requires_params=name if constrained else None
+        optax.GradientTransformationExtraArgs(init_fn, routed.update),
+        requires_params=name if constrained else None,
     )
 
 

@@ -29,6 +29,7 @@ good without a word; Householder QR in place of randomized Cholesky QR.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,7 @@ from optaxplus.numerics.matrix_axes import (
     split_columns,
     to_matrices,
 )
+from optaxplus.sharding.placement import left_to_compiler
 from optaxplus.transforms.orthogonalized import matrix_axes_of
 
 __all__ = ["ScaleByDionState", "scale_by_dion"]
@@ -311,18 +313,16 @@ def scale_by_dion(
         def leaf(
             g: jax.Array, mu: jax.Array, basis: jax.Array, leaf_axes: MatrixAxes
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            return _dion_leaf(
-                g,
-                mu,
-                basis,
-                leaf_axes,
-                ranks=tuple(
-                    rank_of(min(shape)) for shape in _matrix_shapes(leaf_axes, g.shape)
-                ),
+            shapes = _matrix_shapes(leaf_axes, g.shape)
+            compute = partial(
+                _dion_leaf,
+                axes=leaf_axes,
+                ranks=tuple(rank_of(min(shape)) for shape in shapes),
                 b1=trees.scalar_for(b1, g),
                 eps=trees.scalar_for(eps, g),
                 power_iterations=power_iterations,
             )
+            return left_to_compiler(compute, g, mu, basis)
 
         updates, mu, basis = trees.map_several(
             leaf,

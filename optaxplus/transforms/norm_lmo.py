@@ -43,6 +43,7 @@ from optaxplus.numerics.matrix_axes import MatrixAxes, map_matrices, reduce_bloc
 from optaxplus.numerics.newton_schulz import newton_schulz
 from optaxplus.numerics.norms import mean_square, or_one
 from optaxplus.partition.inference import axes_of
+from optaxplus.sharding.placement import Placement, check_placement, check_specs
 from optaxplus.transforms.orthogonalized import orthogonalize
 
 __all__ = ["NORMS", "scale_by_norm_lmo"]
@@ -97,6 +98,7 @@ def scale_by_norm_lmo(
     compute_dtype: str = "bfloat16",
     eps: float = 1e-7,
     axes: Axes = None,
+    placement: Placement | str | None = "auto",
 ) -> optax.GradientTransformation:
     """Replaces every matrix by the point of a norm ball that lies farthest along it.
 
@@ -124,6 +126,8 @@ def scale_by_norm_lmo(
       axes: Matrix axes, see `optaxplus.custom_types`. A vector has one input, which
         is always 1, so "sign" divides it by 1; "rms" takes a whole matrix as one
         block. Each split counts as a matrix.
+      placement: Which device does the work of "spectral", see
+        `optaxplus.custom_types`. Static.
 
     Returns:
       A transformation without state; emits float32. The scale of the gradient does not
@@ -162,6 +166,7 @@ def scale_by_norm_lmo(
         compute_dtype=compute_dtype,
         eps=eps,
     )
+    check_placement(name, placement)
 
     def resolved_axes(tree: PyTree) -> PyTree:
         resolved = axes_of(name, axes, tree)
@@ -172,6 +177,8 @@ def scale_by_norm_lmo(
     def init_fn(params: PyTree) -> optax.EmptyState:
         trees.check_floating(name, params, real=norm == "spectral")
         resolved_axes(params)
+        if norm == "spectral":
+            check_specs(name, placement, params)
         return optax.EmptyState()
 
     def update_fn(
@@ -181,7 +188,7 @@ def scale_by_norm_lmo(
         leaf_axes = resolved_axes(updates)
         wide = jax.tree.map(trees.widen, updates)
         if norm == "spectral":
-            wide = orthogonalize(wide, leaf_axes, iteration)
+            wide = orthogonalize(name, wide, leaf_axes, iteration, placement)
 
         def leaf(b: jax.Array, b_axes: MatrixAxes) -> jax.Array:
             factor = trees.scalar_for(radius, b)

@@ -32,6 +32,13 @@ from optaxplus.numerics.matrix_axes import (
 from optaxplus.numerics.newton_schulz import NewtonSchulz, newton_schulz
 from optaxplus.numerics.polar import polar_factors
 from optaxplus.partition.inference import axes_of
+from optaxplus.sharding.orthogonalize import polar_factors_on_mesh
+from optaxplus.sharding.placement import (
+    Placement,
+    check_placement,
+    check_specs,
+    where,
+)
 
 __all__ = [
     "SHAPE_SCALES",
@@ -75,13 +82,14 @@ def orthogonalize_via_newton_schulz(
     compute_dtype: str = "bfloat16",
     eps: float = 1e-7,
     axes: Axes = None,
+    placement: Placement | str | None = "auto",
 ) -> optax.GradientTransformation:
     """Replaces every matrix by an approximation of its polar factor U·Vᵀ.
 
     All singular values become about 1, so the update moves every direction in which
     the gradient has any component by the same amount. In a stack every layer (expert,
     head) is orthogonalized on its own. Matrices of one shape, wherever they are in the
-    tree, share one compiled iteration.
+    tree, share one compiled iteration; on a mesh every device takes whole matrices.
 
     Args:
       ns_steps: Number of Newton-Schulz steps, >= 1. Static.
@@ -97,6 +105,7 @@ def orthogonalize_via_newton_schulz(
         float32 (float64 for "float64"). Static.
       eps: Relative margin added to the norm that normalises a matrix. >= 0. Static.
       axes: Matrix axes, see `optaxplus.custom_types`.
+      placement: Which device does the work, see `optaxplus.custom_types`. Static.
 
     Returns:
       A transformation without state; emits float32. The scale of the gradient does
@@ -106,7 +115,7 @@ def orthogonalize_via_newton_schulz(
       TypeError: If an argument has a wrong type or a parameter is not real floating
         point.
       ValueError: If the table is unknown or has not `ns_steps` steps, another argument
-        is out of range, axes do not fit, or a parameter is a vector.
+        is out of range, axes or specs do not fit, or a parameter is a vector.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox
@@ -126,10 +135,12 @@ def orthogonalize_via_newton_schulz(
         compute_dtype=compute_dtype,
         eps=eps,
     )
+    check_placement(name, placement)
 
     def init_fn(params: PyTree) -> optax.EmptyState:
         trees.check_floating(name, params, real=True)
         matrix_axes_of(name, axes, params)
+        check_specs(name, placement, params)
         return optax.EmptyState()
 
     def update_fn(
@@ -138,17 +149,28 @@ def orthogonalize_via_newton_schulz(
         del params
         wide = jax.tree.map(trees.widen, updates)
         resolved = matrix_axes_of(name, axes, updates)
-        return orthogonalize(wide, resolved, iteration), state
+        return orthogonalize(name, wide, resolved, iteration, placement), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def orthogonalize(tree: PyTree, axes: PyTree, iteration: NewtonSchulz) -> PyTree:
+def orthogonalize(
+    function: str,
+    tree: PyTree,
+    axes: PyTree,
+    iteration: NewtonSchulz,
+    placement: Placement | str | None,
+) -> PyTree:
     """The polar factors of all matrices of a tree, in the dtypes of its leaves."""
     leaves, structure = jax.tree.flatten(tree)
-    factors = map_all_matrices(
-        lambda blocks: polar_factors(blocks, iteration), leaves, jax.tree.leaves(axes)
-    )
+    resolved = jax.tree.leaves(axes)
+    mesh = where(function, placement, tree)
+    if mesh is None:
+        factors = map_all_matrices(
+            lambda blocks: polar_factors(blocks, iteration), leaves, resolved
+        )
+    else:
+        factors = polar_factors_on_mesh(leaves, resolved, iteration, mesh)
     cast = [y.astype(x.dtype) for x, y in zip(leaves, factors, strict=True)]
     return jax.tree.unflatten(structure, cast)
 

@@ -260,7 +260,6 @@ CASES = [
         learning_rate=0.1,
         needs_params=True,
         complex_supported=False,
-        contracts_sharded_axes=True,
         scope="block",
         rtol=BFLOAT16_RTOL,
         zero_gradient=decay_of(0.1, role="vector"),

@@ -1,0 +1,499 @@
+"""What does an update of Muon cost on a pod, where parameters are sharded?
+
+The update of a llama-like tree of a billion parameters is compiled for real TPUs,
+without one, by libtpu. What each chip sends, multiplies and needs for temporaries is
+read from the program; nothing is timed but the compiler.
+
+    pip install -e ".[tpu]"
+    python benchmarks/pod_cost.py                     # all; results/pod_cost.json
+    python benchmarks/pod_cost.py --layouts "FSDP 64" --implementations exact optax
+    python benchmarks/pod_cost.py --layers 4          # seconds a row, not written
+
+With `--topologies h100` for eight GPUs, without one, by the plugin of JAX for CUDA:
+`pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt`, of the version of jax.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# A script's own folder, also where the tests load it by its path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import jax
+import jax.numpy as jnp
+import optax
+from hlo_cost import hlo_cost
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optaxplus as ox
+from optaxplus.report.tables import format_table
+
+RESULTS = Path(__file__).parent / "results" / "pod_cost.json"
+LAYERS = 16
+# Of one layer of a llama of a billion parameters: shape, and the axis of d_model.
+MATRICES = {
+    ("attention", "query"): ((2048, 2048), 0),
+    ("attention", "key"): ((2048, 512), 0),
+    ("attention", "value"): ((2048, 512), 0),
+    ("attention", "out"): ((2048, 2048), 1),
+    ("mlp", "gate"): ((2048, 8192), 0),
+    ("mlp", "up"): ((2048, 8192), 0),
+    ("mlp", "down"): ((8192, 2048), 1),
+}
+MODELS = ("stacked", "leaves")
+TOPOLOGIES = {
+    "v5e": {8: "2x4", 64: "8x8", 256: "16x16"},
+    "v5p": {8: "2x2x2", 64: "4x4x4", 256: "4x8x8"},
+    "h100": {8: "1x1x8"},
+}
+# What an H100 is to the compiler of XLA for GPUs.
+H100 = """
+gpu_device_info {
+  name: "NVIDIA H100 80GB HBM3" device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability { major: 9 minor: 0 } device_address_bits: 64
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000 device_memory_size: 84942979072
+  l2_cache_size: 52428800 threads_per_warp: 32
+  threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  driver_version: "13.0.0" runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How parameters lie on a mesh.
+
+    Attributes:
+      mesh: Chips by axis; d_model is split over "fsdp", the other axis of a matrix
+        over "tensor", nothing over "data".
+      targets: Largest ratios of wire bytes and products to their bounds to aim at.
+    """
+
+    mesh: dict[str, int]
+    targets: tuple[float, float]
+
+    @property
+    def chips(self) -> int:
+        """Of the whole mesh."""
+        return math.prod(self.mesh.values())
+
+    def spec(self, model_axis: int, stacked: bool) -> P:
+        """Of a matrix, or of a stack of them."""
+        axes = ["fsdp", "tensor"] if model_axis == 0 else ["tensor", "fsdp"]
+        named = (axis if axis in self.mesh else None for axis in axes)
+        return P(*([None] if stacked else []), *named)
+
+
+LAYOUTS = {
+    "replicated 8": Layout({"data": 8}, (1.1, 1.1)),
+    "FSDP 8": Layout({"fsdp": 8}, (1.02, 1.02)),
+    "FSDP 64": Layout({"fsdp": 64}, (1.25, 0.8)),
+    "FSDP 8 x TP 8": Layout({"fsdp": 8, "tensor": 8}, (1.5, 1.5)),
+    "FSDP 256": Layout({"fsdp": 256}, (6.0, 1.8)),
+}
+# Ours with the shardings given, read from types, and unknown; and two others.
+IMPLEMENTATIONS = {
+    "exact": "ox.muon, Placement",
+    "explicit": "ox.muon, explicit mesh",
+    "auto": "ox.muon, auto mesh",
+    "optax": "optax.contrib.muon",
+    "adamw": "ox.adamw",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: what is compiled for what."""
+
+    topology: str
+    layout: str
+    model: str
+    implementation: str
+    layers: int
+
+    @property
+    def key(self) -> str:
+        """Names the row in the results."""
+        return " / ".join(map(str, asdict(self).values()))
+
+
+def bytes_bound(layout: Layout, layers: int) -> float:
+    """Bytes of bfloat16 that a chip sends: there and back, back only if replicated."""
+    parameters = layers * sum(
+        rows * columns for (rows, columns), _ in MATRICES.values()
+    )
+    chips = layout.chips
+    passes = 1 if "data" in layout.mesh else 2 / chips
+    return passes * parameters * 2 * (chips - 1) / chips
+
+
+def flops_bound(layout: Layout, layers: int) -> float:
+    """Five standard Newton-Schulz steps, their work divided evenly."""
+    one_layer = sum(
+        5 * (4 * min(shape) ** 2 * max(shape) + 2 * min(shape) ** 3)
+        for shape, _ in MATRICES.values()
+    )
+    return layers * one_layer / layout.chips
+
+
+def shapes_and_specs(layout: Layout, model: str, layers: int) -> tuple[Any, Any]:
+    """The tree's shapes and its partition specs."""
+    shapes: dict[str, Any] = {}
+    specs: dict[str, Any] = {}
+    stacked = model == "stacked"
+    for name in ["layers"] if stacked else [f"layers_{i}" for i in range(layers)]:
+        for (block, matrix), (shape, model_axis) in MATRICES.items():
+            leaf = {"kernel": (layers, *shape) if stacked else shape}
+            shapes.setdefault(name, {}).setdefault(block, {})[matrix] = leaf
+            leaf = {"kernel": layout.spec(model_axis, stacked)}
+            specs.setdefault(name, {}).setdefault(block, {})[matrix] = leaf
+    return shapes, specs
+
+
+def devices_of(topology: str, chips: int) -> Sequence[Any]:
+    """Devices that can be compiled for."""
+    name = TOPOLOGIES[topology][chips]
+    if topology == "h100":
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name="", topology=name, target_config=H100
+        ).devices
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{topology}:{name}"
+    ).devices
+
+
+def mesh_of(case: Case) -> Mesh:
+    """The mesh of a row, of its devices."""
+    axes = LAYOUTS[case.layout].mesh
+    devices = mesh_utils.create_device_mesh(
+        tuple(axes.values()),
+        devices_of(case.topology, LAYOUTS[case.layout].chips),
+        allow_split_physical_axes=True,  # 8 x 8 on the cube of a v5p
+    )
+    kind = AxisType.Explicit if case.implementation == "explicit" else AxisType.Auto
+    return Mesh(devices, tuple(axes), axis_types=(kind,) * len(axes))
+
+
+def transformation(
+    case: Case, params: Any, mesh: Mesh, specs: Any
+) -> optax.GradientTransformation:
+    """The optimizer of a row; those of ours are checked to treat all as matrices."""
+    stacked = case.model == "stacked"
+    if case.implementation == "adamw":
+        return ox.adamw(1e-3, weight_decay=0.1)
+    if case.implementation == "optax":
+        numbers = optax.contrib.MuonDimensionNumbers(*((1, 2) if stacked else (0, 1)))
+        return optax.contrib.muon(
+            1e-3,
+            weight_decay=0.1,
+            muon_weight_dimension_numbers=jax.tree.map(lambda _: numbers, params),
+        )
+    rules = (*(ox.stacked(r"^layers/") if stacked else ()), *ox.DEFAULT_RULES)
+    if set(jax.tree.leaves(ox.label_params(params, rules))) != {"muon"}:
+        raise AssertionError(str(ox.explain_routing(params, rules)))
+    if case.implementation == "exact":
+        return ox.muon(1e-3, rules=rules, placement=ox.Placement(mesh, specs))
+    return ox.muon(1e-3, rules=rules)
+
+
+def compiled_update(case: Case) -> tuple[Any, float, float]:
+    """The compiled update, and the seconds of lowering and compiling."""
+    mesh = mesh_of(case)
+    shapes, specs = shapes_and_specs(LAYOUTS[case.layout], case.model, case.layers)
+    params = jax.tree.map(
+        lambda spec, shape: jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, spec)
+        ),
+        specs,
+        shapes,
+        is_leaf=lambda node: isinstance(node, P),
+    )
+    tx = transformation(case, params, mesh, specs)
+    sharding_of = {
+        jax.tree_util.keystr(path): leaf.sharding
+        for path, leaf in jax.tree.leaves_with_path(params)
+    }
+
+    def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        """A leaf of the state, which lies as the parameter it belongs to."""
+        name = jax.tree_util.keystr(path)
+        sharding = next(
+            (s for end, s in sharding_of.items() if name.endswith(end)),
+            NamedSharding(mesh, P()),
+        )
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = jax.tree.map_with_path(placed, jax.eval_shape(tx.init, params))
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return tx.update(grads, state, params)
+
+    results = None  # Types decide.
+    if case.implementation != "explicit":
+        results = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+    start = time.perf_counter()
+    step = jax.jit(update, out_shardings=results, donate_argnums=(0, 1))
+    lowered = step.lower(params, state, params)
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    return compiled, middle - start, time.perf_counter() - middle
+
+
+def measure(case: Case, text_path: Path | None = None) -> dict[str, Any]:
+    """One row of the results."""
+    compiled, lower_seconds, compile_seconds = compiled_update(case)
+    text = compiled.as_text()
+    if text_path is not None:
+        text_path.write_text(text, "utf-8")
+    cost = hlo_cost(text, compiled.memory_analysis().temp_size_in_bytes)
+    layout = LAYOUTS[case.layout]
+    return {
+        "collectives": {k: asdict(found) for k, found in cost.collectives.items()},
+        "collectives_in_products": cost.collectives_in_products,
+        "wire_bytes": cost.wire_bytes,
+        "times_bytes_bound": cost.wire_bytes / bytes_bound(layout, case.layers),
+        "flops": cost.flops,
+        "times_flops_bound": cost.flops / flops_bound(layout, case.layers),
+        "temporary_bytes": cost.temporary_bytes,
+        "lower_seconds": lower_seconds,
+        "compile_seconds": compile_seconds,
+    }
+
+
+def measure_apart(case: Case, timeout: float, text: Path | None) -> dict[str, Any]:
+    """`measure` in a process of its own, which the compiler may end or keep busy."""
+    command = [sys.executable, __file__, "--row", json.dumps(asdict(case))]
+    if text is not None:
+        text.mkdir(parents=True, exist_ok=True)
+        command += ["--text", str(text / f"{case.key.replace(' / ', '-')}.hlo")]
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        # Other processes may hold libtpu's lock.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        **os.environ,
+    }
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {timeout:g} s"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    how = f"exit {done.returncode}" if done.returncode > 0 else "crash of the compiler"
+    errors = re.findall(r"\w*Error: .*|.*Check failed.*", done.stderr)
+    return {"error": f"{how}: {errors[-1][:300] if errors else ''}"}
+
+
+def unavailable(topology: str) -> str | None:
+    """Why a topology cannot be compiled for here."""
+    needed = {"h100": "jax_plugins.xla_cuda13"}.get(topology, "libtpu")
+    try:
+        found = importlib.util.find_spec(needed)
+    except ModuleNotFoundError:
+        found = None
+    return None if found else f"{needed} is not installed"
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    names = ("jax", "jaxlib", "optax", "libtpu", "jax-cuda13-plugin")
+    installed = {d.name: d.version for d in metadata.distributions()}
+    return {
+        "python": platform.python_version(),
+        **{name: installed[name] for name in names if name in installed},
+    }
+
+
+def verdict(value: float, target: float | None) -> str:
+    """A ratio, with its target where it has one."""
+    if target is None:
+        return f"{value:.2f}"
+    return f"{value:.2f} ({'<=' if value <= target else 'FAIL'} {target:g})"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the printed table."""
+    case, found = row["case"], row["found"]
+    head = [
+        f"{case['topology']}:{row['chips']}",
+        case["layout"],
+        case["model"],
+        IMPLEMENTATIONS[case["implementation"]],
+    ]
+    if "error" in found:
+        return [*head, found["error"][:60], *[""] * 7]
+    knows_shardings = case["implementation"] in ("exact", "explicit")
+    targets = LAYOUTS[case["layout"]].targets if knows_shardings else (None, None)
+    return [
+        *head,
+        ", ".join(f"{k} {c['executions']}" for k, c in found["collectives"].items()),
+        str(found["collectives_in_products"]),
+        f"{found['wire_bytes'] / 1e6:.0f}",
+        verdict(found["times_bytes_bound"], targets[0]),
+        f"{found['flops'] / 1e12:.3f}",
+        verdict(found["times_flops_bound"], targets[1]),
+        f"{found['temporary_bytes'] / 1e9:.2f}",
+        f"{found['lower_seconds']:.0f} + {found['compile_seconds']:.0f}",
+    ]
+
+
+HEADER = (
+    *("chips", "layout", "parameters", "update", "collectives", "in loops of products"),
+    *("wire MB", "of bound", "TFLOP", "of bound", "temporary GB", "seconds"),
+)
+
+
+def ordered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the results in the order of the tables above."""
+    orders = [list(TOPOLOGIES), list(LAYOUTS), list(MODELS), list(IMPLEMENTATIONS)]
+    names = ("topology", "layout", "model", "implementation")
+    return sorted(
+        rows,
+        key=lambda row: [
+            order.index(row["case"][name])
+            for order, name in zip(orders, names, strict=True)
+        ],
+    )
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The table for README.md: v5e, ratios of stacked and separate parameters."""
+    found = {
+        tuple(row["case"][name] for name in ("layout", "implementation", "model")): row
+        for row in document["rows"].values()
+        if (row["case"]["topology"], row["case"]["layers"]) == ("v5e", LAYERS)
+    }
+    lines = [
+        "| layout | update | sent, of the bound | multiplied, of the bound | "
+        "temporary GB | seconds to compile |",
+        "|---|---|---|---|---|---|",
+    ]
+    muons = [name for name in IMPLEMENTATIONS if name != "adamw"]
+    for layout, name in itertools.product(LAYOUTS, muons):
+        both = [found.get((layout, name, model), {}).get("found") for model in MODELS]
+        if not any(both):
+            continue
+        columns = [
+            ", ".join(_number(row, key, scale, digits) for row in both)
+            for key, scale, digits in (
+                ("times_bytes_bound", 1.0, 2),
+                ("times_flops_bound", 1.0, 2),
+                ("temporary_bytes", 1e9, 2),
+                ("compile_seconds", 1.0, 0),
+            )
+        ]
+        shown = IMPLEMENTATIONS[name].replace("muon", "muon`", 1)
+        lines.append(f"| {layout} | `{shown} | {' | '.join(columns)} |")
+    first = next(iter(found.values()))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "The update of the matrices of 16 layers of a llama (973M parameters in "
+            "float32), stacked over layers and as separate leaves, compiled for "
+            "TPU v5e, gradients and state donated. Sent: ring bytes of a chip over "
+            "those of moving bfloat16 matrices to whole chips and back (replicated: of "
+            "gathering the results). Multiplied: by the slowest chip, over five "
+            "standard Newton-Schulz steps divided among all. "
+            f"jax {first['versions']['jax']}, libtpu {first['versions']['libtpu']}, "
+            f"optax {first['versions']['optax']}; "
+            "`python benchmarks/pod_cost.py` compiles them, also for TPU v5p.",
+        ]
+    )
+
+
+def _number(row: dict[str, Any] | None, key: str, scale: float, digits: int) -> str:
+    if row is None:
+        return "-"
+    if "error" in row:
+        return "memory" if "RESOURCE_EXHAUSTED" in row["error"] else "fails"
+    return f"{row[key] / scale:.{digits}f}"
+
+
+def main() -> int:
+    """Compiles, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    choices = {
+        "topologies": (TOPOLOGIES, ["v5e", "v5p"]),
+        "layouts": (LAYOUTS, list(LAYOUTS)),
+        "models": (MODELS, list(MODELS)),
+        "implementations": (IMPLEMENTATIONS, list(IMPLEMENTATIONS)),
+    }
+    for name, (allowed, default) in choices.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=allowed, default=default)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--timeout", type=float, default=1200, help="seconds a row")
+    parser.add_argument("--text", type=Path, help="folder for the compiled programs")
+    parser.add_argument("--out", type=Path, help=f"default results/{RESULTS.name}")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row is not None:
+        print(json.dumps(measure(Case(**json.loads(options.row)), options.text)))
+        return 0
+    out = options.out or (RESULTS if options.layers == LAYERS else None)
+    document: dict[str, Any] = {"rows": {}}
+    if out is not None and out.exists():
+        document = json.loads(out.read_text("utf-8"))
+    rows = []
+    for names in itertools.product(*(getattr(options, name) for name in choices)):
+        case = Case(*names, layers=options.layers)
+        layout = LAYOUTS[case.layout]
+        reason = unavailable(case.topology)
+        if layout.chips not in TOPOLOGIES[case.topology]:
+            reason = f"no topology of {layout.chips} chips"
+        if reason is not None:
+            print(f"{case.key}: skipped, {reason}", file=sys.stderr)
+            continue
+        found = measure_apart(case, options.timeout, options.text)
+        rows.append(
+            {
+                "case": asdict(case),
+                "chips": TOPOLOGIES[case.topology][layout.chips],
+                "versions": versions(),
+                "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
+                "found": found,
+            }
+        )
+        print(" | ".join(cells(rows[-1])), file=sys.stderr, flush=True)
+        if out is not None:
+            document["rows"][case.key] = rows[-1]
+            document["arguments"] = sys.argv[1:]
+            out.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(document, indent=1) + "\n"
+            out.write_text(text, "utf-8")
+    print(format_table(HEADER, [cells(row) for row in ordered(rows)], range(5, 12)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""Where parameters lie: read from their types, or told by a `Placement`."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from optaxplus import trees, validation
+from optaxplus.custom_types import DTypeName, PyTree
+
+__all__ = [
+    "Placement",
+    "Where",
+    "check_placement",
+    "check_specs",
+    "left_to_compiler",
+    "specs_of",
+    "where",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """How parameters are sharded, for programs in which their types do not tell.
+
+    Under a mesh whose axes are `jax.sharding.AxisType.Explicit` the types of arrays
+    say how they are sharded, and `placement="auto"` reads it there. Under `Auto` axes,
+    those of `jax.sharding.Mesh(...)`, nothing inside `jax.jit` knows; this says so:
+
+        tx = ox.muon(1e-3, placement=ox.Placement.like(params))
+
+    Attributes:
+      mesh: The mesh that the parameters lie on.
+      specs: How they lie on it: a pytree of `jax.sharding.PartitionSpec`s under the
+        paths of the parameters; one that stands for a whole subtree, or for all, will
+        do.
+      comm_dtype: Dtype in which matrices are moved; None is that of the matrix
+        products. A narrower one is less to move, and rounds them.
+
+    Raises:
+      TypeError: If `mesh` is no mesh or an entry of `specs` no `PartitionSpec`, or
+        `comm_dtype` is no floating-point dtype.
+      ValueError: If a spec names an axis that the mesh does not have.
+    """
+
+    mesh: Mesh | AbstractMesh
+    specs: PyTree
+    comm_dtype: DTypeName | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mesh, Mesh | AbstractMesh):
+            raise TypeError(
+                f"Placement: mesh={self.mesh!r} is not allowed; it must be a "
+                "jax.sharding.Mesh."
+            )
+        if self.comm_dtype is not None:
+            validation.check_floating_dtype("Placement", comm_dtype=self.comm_dtype)
+        for path, spec in trees.leaves_with_paths(self.specs):
+            if not isinstance(spec, PartitionSpec):
+                raise TypeError(
+                    f"Placement: specs[{path!r}]={spec!r} is not allowed; it must be a "
+                    "jax.sharding.PartitionSpec. For arrays use Placement.like(params)."
+                )
+            for axis in _names(spec):
+                if axis not in self.mesh.shape:
+                    raise ValueError(
+                        f"Placement: specs[{path!r}]={spec} is not allowed; the mesh "
+                        f"has no axis {axis!r}. Its axes are "
+                        f"{', '.join(map(repr, self.mesh.shape))}."
+                    )
+
+    @classmethod
+    def like(cls, params: PyTree, comm_dtype: DTypeName | None = None) -> "Placement":
+        """The placement of these parameters.
+
+        Args:
+          params: Arrays, or `jax.ShapeDtypeStruct`s with a sharding. What has no
+            `NamedSharding` counts as repeated on every device.
+          comm_dtype: As in the class.
+
+        Raises:
+          ValueError: If no parameter has a `NamedSharding`, or two lie on different
+            meshes.
+        """
+        mesh, specs = None, []
+        for path, leaf in trees.leaves_with_paths(params):
+            sharding = getattr(leaf, "sharding", None)
+            if not isinstance(sharding, NamedSharding):
+                specs.append(PartitionSpec())
+                continue
+            if mesh is not None and sharding.mesh != mesh:
+                raise ValueError(
+                    f"Placement.like: parameter {path!r} lies on {sharding.mesh}, "
+                    f"others on {mesh}; all must lie on one mesh."
+                )
+            mesh = sharding.mesh
+            specs.append(sharding.spec)
+        if mesh is None:
+            raise ValueError(
+                "Placement.like: no parameter has a NamedSharding, so there is no mesh "
+                "to place on. Shard them with jax.device_put first."
+            )
+        return cls(mesh, trees.unflatten_like(params, specs), comm_dtype)
+
+
+@dataclass(frozen=True)
+class Where:
+    """How the leaves of a tree lie on the devices.
+
+    Attributes:
+      mesh: Their mesh.
+      axes: The mesh axes that count, with their sizes.
+      specs: The spec of every leaf; None if nothing tells.
+      comm_dtype: Dtype in which matrices are moved, if it was said.
+    """
+
+    mesh: Mesh | AbstractMesh
+    axes: dict[str, int]
+    specs: tuple[PartitionSpec, ...] | None
+    comm_dtype: DTypeName | None = None
+
+
+def check_placement(function: str, placement: Any) -> None:
+    """Refuses what is neither "auto", None nor a `Placement`."""
+    if placement not in ("auto", None) and not isinstance(placement, Placement):
+        raise TypeError(
+            f"{function}: placement={placement!r} is not allowed; it must be 'auto', "
+            "None or an optaxplus.Placement."
+        )
+
+
+def where(function: str, placement: Any, tree: PyTree) -> Where | None:
+    """Says where the leaves of `tree` lie; None on one device, or if nobody asks.
+
+    Args:
+      function: Name of the caller, for messages.
+      placement: "auto", None or a `Placement`.
+      tree: Parameters or updates, traced or not.
+
+    Raises:
+      ValueError: If a `Placement` does not fit the tree or the types of its leaves.
+    """
+    if placement is None:
+        return None
+    leaves = [leaf for _, leaf in trees.leaves_with_paths(tree)]
+    types = [jax.typeof(leaf).sharding for leaf in leaves]
+    if isinstance(placement, Placement):
+        specs = specs_of(function, placement, tree)
+        _check_types(function, specs, types, tree)
+        axes = _larger(placement.mesh, placement.mesh.axis_names)
+        if not axes:
+            return None
+        return Where(placement.mesh, axes, tuple(specs), placement.comm_dtype)
+    mesh = next((s.mesh for s in types if not s.mesh.empty), None)
+    if mesh is None:
+        return None
+    # Inside a shard_map its axes are Manual: arrays are what the device has.
+    if axes := _of_type(mesh, AxisType.Explicit):
+        # A type that was lost on the way, as optax.MultiSteps loses it, is no mesh.
+        specs = [PartitionSpec() if s.mesh.empty else s.spec for s in types]
+        return Where(mesh, axes, tuple(specs))
+    if axes := _of_type(mesh, AxisType.Auto):
+        return Where(mesh, axes, None)
+    return None
+
+
+def check_specs(
+    function: str, placement: Any, tree: PyTree, *, is_whole: bool = False
+) -> None:
+    """Refuses a `Placement` whose specs do not fit a tree of parameters.
+
+    Args:
+      function: Name of the caller, for messages.
+      placement: "auto", None or a `Placement`.
+      tree: Parameters.
+      is_whole: Whether they are all parameters, so that a spec without one is wrong.
+
+    Raises:
+      ValueError: If a leaf has no spec, or one that does not fit its shape; if a spec
+        has no leaf.
+    """
+    if not isinstance(placement, Placement):
+        return
+    specs_of(function, placement, tree)
+    paths = [path for path, _ in trees.leaves_with_paths(tree)]
+    for given, _ in trees.leaves_with_paths(placement.specs) if is_whole else ():
+        if not any(
+            f"{path}/".startswith(f"{given}/" if given else "") for path in paths
+        ):
+            raise ValueError(
+                f"{function}: placement.specs[{given!r}] belongs to no parameter; the "
+                f"parameters are {_some(paths)}."
+            )
+
+
+def specs_of(function: str, placement: Placement, tree: PyTree) -> list[PartitionSpec]:
+    """The spec of every leaf of `tree`, checked against its shape."""
+    given = dict(trees.leaves_with_paths(placement.specs))
+    specs = []
+    for path, leaf in trees.leaves_with_paths(tree):
+        spec = _longest_prefix(given, path)
+        if spec is None:
+            raise ValueError(
+                f"{function}: parameter {path!r} of shape {leaf.shape} has no spec in "
+                f"placement.specs, which has {_some(list(given))}. The specs must have "
+                "the structure of the parameters."
+            )
+        _check_fit(function, path, leaf.shape, spec, placement.mesh.shape)
+        specs.append(spec)
+    return specs
+
+
+def left_to_compiler(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """Calls `function`, whose results are sharded as its arguments are.
+
+    Under an Explicit mesh every operation has to say how its result is sharded; within
+    this function the compiler decides.
+    """
+    shardings = tuple(jax.typeof(x).sharding for x in arrays)
+    if not any(
+        not s.mesh.empty and _of_type(s.mesh, AxisType.Explicit) for s in shardings
+    ):
+        return function(*arrays)
+    return jax.sharding.auto_axes(function, out_sharding=shardings)(*arrays)
+
+
+def _longest_prefix(given: Mapping[str, Any], path: str) -> PartitionSpec | None:
+    parts = path.split("/")
+    for length in range(len(parts), -1, -1):
+        if (prefix := "/".join(parts[:length])) in given:
+            return given[prefix]
+    return None
+
+
+def _some(paths: list[str]) -> str:
+    shown = ", ".join(map(repr, paths[:3]))
+    return f"{shown}, …" if len(paths) > 3 else shown or "none"
+
+
+def _check_fit(
+    function: str,
+    path: str,
+    shape: tuple[int, ...],
+    spec: PartitionSpec,
+    mesh: Mapping[str, int],
+) -> None:
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"{function}: placement.specs[{path!r}]={spec} does not fit a parameter of "
+            f"shape {shape}, which has {len(shape)} axes."
+        )
+    for size, entry in zip(shape, spec, strict=False):
+        devices = math.prod(mesh[axis] for axis in _names(PartitionSpec(entry)))
+        if size % devices:
+            raise ValueError(
+                f"{function}: placement.specs[{path!r}]={spec} does not fit a "
+                f"parameter of shape {shape}: {size} does not divide by the {devices} "
+                f"devices along {entry!r}."
+            )
+
+
+def _check_types(
+    function: str,
+    specs: list[PartitionSpec],
+    types: list[NamedSharding],
+    tree: PyTree,
+) -> None:
+    """Refuses specs that contradict the types of an Explicit mesh."""
+    for (path, leaf), spec, sharding in zip(
+        trees.leaves_with_paths(tree), specs, types, strict=True
+    ):
+        if sharding.mesh.empty or not _of_type(sharding.mesh, AxisType.Explicit):
+            continue
+        if _padded(spec, leaf.ndim) != _padded(sharding.spec, leaf.ndim):
+            raise ValueError(
+                f"{function}: placement.specs[{path!r}]={spec} is not allowed; the "
+                f"parameter lies as {sharding.spec} says. Under an explicit mesh leave "
+                "placement='auto', which reads the types."
+            )
+
+
+def _padded(spec: PartitionSpec, rank: int) -> tuple[tuple[str, ...], ...]:
+    entries = (*spec, *[None] * (rank - len(spec)))
+    return tuple(_names(PartitionSpec(entry)) for entry in entries)
+
+
+def _names(spec: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes that a spec names, in order."""
+    return tuple(
+        name
+        for entry in spec
+        for name in ((entry,) if isinstance(entry, str) else tuple(entry or ()))
+    )
+
+
+def _larger(mesh: Mesh | AbstractMesh, names: Any) -> dict[str, int]:
+    return {name: mesh.shape[name] for name in names if mesh.shape[name] > 1}
+
+
+def _of_type(mesh: Mesh | AbstractMesh, kind: AxisType) -> dict[str, int]:
+    """The mesh axes of one type that have more than one device."""
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return _larger(mesh, [name for name, axis_type in types if axis_type == kind])

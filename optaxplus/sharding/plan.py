@@ -1,0 +1,372 @@
+"""Who computes what: matrices shared out over the devices of a mesh, evenly by cost.
+
+No arrays here: the plan is made from shapes and shardings when a program is traced.
+
+A matrix lies in pieces on the devices along the mesh axes that shard its rows and
+columns, is repeated along the mesh axes that shard nothing of it, and other matrices of
+the same parameter lie along the mesh axes that shard its batch. An `Exchange` takes
+everything that is sharded over the same mesh axes: one all-to-all over those of the
+pieces brings whole matrices to their owners, one brings the results back, and one
+all-gather repeats them.
+
+Owners are chosen as in longest-processing-time-first scheduling: the costliest matrix
+first, each to the device that has least to do. Where there are fewer matrices than
+devices, a matrix can be cut into panels of columns for a team of neighbours, which add
+up their Gram matrices; it is worth its bytes for large matrices alone.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from optaxplus.sharding.layouts import Layout, mesh_size
+
+__all__ = ["Exchange", "Panels", "Plan", "Work", "make_plan"]
+
+# What a second is worth when flops are weighed against bytes: about a TPU v5e, at 60 %
+# of its bfloat16 peak, and the links of one ring.
+_FLOPS_PER_SECOND = 1.2e14
+_BYTES_PER_SECOND = 9e10
+
+# Columns that a TPU moves together.
+_LANES = 128
+
+# A matrix is cut in two again only if the step gains this share of its time.
+_WORTH_CUTTING = 0.1
+
+
+@dataclass(frozen=True)
+class Panels:
+    """How the work is done where a matrix is cut into panels of columns.
+
+    Attributes:
+      sums: (rows, columns, number of panels) -> bytes that each member of the team
+        sends to add up what the panels need from each other.
+      steps: (rows, columns) of the whole matrix -> functions that do the work on
+        panels, one after the other: each maps panels (count, rows, width) and the sum
+        over the team of what the one before wanted summed (None for the first) to
+        panels and what is to be summed (None from the last).
+    """
+
+    sums: Callable[[int, int, int], float]
+    steps: Callable[[int, int], list[Callable[[Any, Any], tuple[Any, Any]]]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done to the matrices.
+
+    Attributes:
+      flops: (rows, columns, number of panels) -> floating-point operations of each
+        member of the team for one matrix.
+      dtype: What matrices are moved in.
+      function: Maps arrays (count, rows, columns) to as many of the same shapes and
+        dtypes.
+      panels: How it is done on panels; None if matrices cannot be cut.
+    """
+
+    flops: Callable[[int, int, int], float]
+    dtype: np.dtype
+    function: Callable[[list[Any]], list[Any]]
+    panels: Panels | None = None
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Matrices whose pieces lie along the same mesh axes, and who owns them.
+
+    Attributes:
+      axes: The mesh axes of the all-to-all, in the order of the mesh.
+      copies: The mesh axes along which the pieces are repeated.
+      batch: The mesh axes along which other matrices lie.
+      layouts: The layouts.
+      counts: How many matrices of each layout a device has a piece of.
+      panels: Into how many panels a matrix of each layout is cut.
+      owned: Shape (copies, devices of the all-to-all, layouts): how many matrices, or
+        panels, of each layout each of them computes.
+    """
+
+    axes: tuple[str, ...]
+    copies: tuple[str, ...]
+    batch: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    counts: tuple[int, ...]
+    panels: tuple[int, ...]
+    owned: np.ndarray
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """Shape of one device's piece of a panel of each layout."""
+        return [
+            (layout.piece[0], layout.piece[1] // panels)
+            for layout, panels in zip(self.layouts, self.panels, strict=True)
+        ]
+
+    @property
+    def width(self) -> int:
+        """Columns of what is sent; wider pieces are cut, narrower ones padded."""
+        # TPUs keep columns in lanes of 128: narrower arrays take as much memory, and
+        # what is not cut between lanes has to be moved entry by entry.
+        candidates = {
+            width
+            for _, columns in self.pieces
+            for width in _divisors(columns)
+            if width >= _LANES or width == columns
+        }
+        return min(candidates, key=lambda width: (self._chunk(width) * width, -width))
+
+    def rows(self, width: int) -> list[int]:
+        """Rows that a piece of a panel of each layout takes, if they are so wide."""
+        return [rows * -(-columns // width) for rows, columns in self.pieces]
+
+    @property
+    def chunk(self) -> int:
+        """Rows that every device sends to every owner, padding included."""
+        return self._chunk(self.width)
+
+    def _chunk(self, width: int) -> int:
+        return int((self.owned @ np.asarray(self.rows(width))).max())
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Shape (copies, layouts): matrices that each copy takes care of."""
+        return self.owned.sum(axis=1) // np.asarray(self.panels)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Exchanges, and what is left to do on each device.
+
+    Attributes:
+      mesh: Sizes of the mesh axes, in their order.
+      exchanges: What moves together.
+      kinds: For each kind of device, how many matrices or panels of each layout of each
+        exchange it computes.
+      kind_of: The kind of each device, in the order of the mesh.
+      flops: Floating-point operations of the busiest device.
+      mean_flops: The same if the work could be shared out to the last bit, uncut.
+      bytes: Bytes that a device sends in rings.
+      least_bytes: The same without padding and sums over panels.
+    """
+
+    mesh: dict[str, int]
+    exchanges: tuple[Exchange, ...]
+    kinds: tuple[tuple[tuple[int, ...], ...], ...]
+    kind_of: np.ndarray
+    flops: float
+    mean_flops: float
+    bytes: float
+    least_bytes: float
+
+    @property
+    def cut(self) -> list[tuple[int, int]]:
+        """(exchange, layout) of everything that is cut into panels, by position."""
+        return [
+            (e, position)
+            for e, exchange in enumerate(self.exchanges)
+            for position, panels in enumerate(exchange.panels)
+            if panels > 1
+        ]
+
+    def most(self, e: int, position: int) -> int:
+        """The most panels of one layout that a device has."""
+        return max(kind[e][position] for kind in self.kinds)
+
+    def teams(self, e: int, position: int) -> list[list[int]]:
+        """The devices that may have panels of one matrix, for all of the mesh."""
+        exchange = self.exchanges[e]
+        names = list(self.mesh)
+        order = [
+            names.index(a) for a in exchange.batch + exchange.copies + exchange.axes
+        ]
+        devices = np.arange(len(self.kind_of)).reshape(tuple(self.mesh.values()))
+        return devices.transpose(order).reshape(-1, exchange.panels[position]).tolist()
+
+    @property
+    def seconds(self) -> float:
+        """A guess at the time of a step, for comparing plans."""
+        return self.flops / _FLOPS_PER_SECOND + self.bytes / _BYTES_PER_SECOND
+
+
+def make_plan(
+    counts: Mapping[Layout, int], mesh: Mapping[str, int], work: Work
+) -> Plan:
+    """Shares out matrices over a mesh.
+
+    Args:
+      counts: How many matrices of each layout a device has a piece of.
+      mesh: Sizes of the mesh axes, in their order.
+      work: What is done to them.
+
+    Returns:
+      The plan that takes the least time by the model of this module.
+    """
+    cuts = dict.fromkeys(counts, 1)
+    best = _plan(counts, mesh, work, cuts)
+    while work.panels is not None:
+        trials = [
+            (_plan(counts, mesh, work, trial), trial)
+            for layout in counts
+            if (trial := {**cuts, layout: 2 * cuts[layout]})
+            and _can_be_cut(layout, counts[layout], trial[layout], mesh)
+        ]
+        plan, trial = min(trials, key=lambda t: t[0].seconds, default=(best, cuts))
+        if plan.seconds > (1 - _WORTH_CUTTING) * best.seconds:
+            return best
+        best, cuts = plan, trial
+    return best
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _can_be_cut(
+    layout: Layout, count: int, panels: int, mesh: Mapping[str, int]
+) -> bool:
+    """Whether there are devices for so many panels, and columns to share out."""
+    devices = mesh_size(mesh, layout.axes)
+    rows, columns = layout.shape(mesh)
+    return (
+        not layout.splits
+        and rows <= columns
+        and devices % panels == 0
+        and count * panels <= devices
+        and layout.piece[1] % panels == 0
+    )
+
+
+def _plan(
+    counts: Mapping[Layout, int],
+    mesh: Mapping[str, int],
+    work: Work,
+    cuts: Mapping[Layout, int],
+) -> Plan:
+    """The plan with these numbers of panels."""
+    sizes = dict(mesh)
+    costs = {
+        layout: work.flops(*layout.shape(sizes), cuts[layout]) for layout in counts
+    }
+    loads = np.zeros(tuple(sizes.values()))
+    exchanges = _exchanges(counts, sizes, cuts)
+    # Panels first: a team has to be free as a whole.
+    order = sorted(
+        ((e, position) for e in exchanges for position in range(len(e.layouts))),
+        key=lambda key: (key[0].panels[key[1]], costs[key[0].layouts[key[1]]]),
+        reverse=True,
+    )
+    for exchange, position in order:
+        _assign(exchange, position, costs[exchange.layouts[position]], loads, sizes)
+    owned = [_per_device(exchange, sizes) for exchange in exchanges]
+    devices = list(zip(*map(_as_tuples, owned), strict=True))
+    kinds = tuple(dict.fromkeys(devices))
+    uncut = sum(
+        count * work.flops(*layout.shape(sizes), 1) * mesh_size(sizes, layout.batch)
+        for layout, count in counts.items()
+    )
+    return Plan(
+        mesh=sizes,
+        exchanges=tuple(exchanges),
+        kinds=kinds,
+        kind_of=np.array([kinds.index(row) for row in devices], np.int32),
+        flops=float(loads.max(initial=0.0)),
+        mean_flops=uncut / loads.size,
+        bytes=sum(_bytes(e, sizes, work) for e in exchanges),
+        least_bytes=sum(_least_bytes(e, sizes, work) for e in exchanges),
+    )
+
+
+def _exchanges(
+    counts: Mapping[Layout, int], mesh: dict[str, int], cuts: Mapping[Layout, int]
+) -> list[Exchange]:
+    """The exchanges, with nothing assigned."""
+    together: dict[tuple[frozenset[str], frozenset[str]], list[Layout]] = {}
+    for layout in counts:
+        key = (layout.axes, frozenset(layout.batch))
+        together.setdefault(key, []).append(layout)
+    exchanges = []
+    for (pieces, batch), layouts in together.items():
+        axes = tuple(axis for axis in mesh if axis in pieces)
+        copies = tuple(axis for axis in mesh if axis not in pieces | batch)
+        exchanges.append(
+            Exchange(
+                axes=axes,
+                copies=copies,
+                batch=tuple(axis for axis in mesh if axis in batch),
+                layouts=tuple(layouts),
+                counts=tuple(counts[layout] for layout in layouts),
+                panels=tuple(cuts[layout] for layout in layouts),
+                owned=np.zeros(
+                    (mesh_size(mesh, copies), mesh_size(mesh, axes), len(layouts)), int
+                ),
+            )
+        )
+    return exchanges
+
+
+def _assign(
+    exchange: Exchange,
+    position: int,
+    cost: float,
+    loads: np.ndarray,
+    mesh: dict[str, int],
+) -> None:
+    """Gives every matrix of one layout to those who have least to do."""
+    names = list(mesh)
+    order = [names.index(a) for a in exchange.batch + exchange.copies + exchange.axes]
+    panels = exchange.panels[position]
+    by_owner = loads.transpose(order).reshape(-1, *exchange.owned.shape[:2])
+    teams = by_owner.max(axis=0).reshape(-1, panels).max(axis=1)
+    owned = np.zeros(len(teams), int)
+    for _ in range(exchange.counts[position]):
+        team = int(teams.argmin())
+        teams[team] += cost
+        owned[team] += 1
+    members = np.repeat(owned, panels).reshape(exchange.owned.shape[:2])
+    exchange.owned[:, :, position] = members
+    moved = by_owner + cost * members
+    sizes = [loads.shape[axis] for axis in order]
+    loads[...] = moved.reshape(sizes).transpose(np.argsort(order))
+
+
+def _per_device(exchange: Exchange, mesh: dict[str, int]) -> np.ndarray:
+    """Shape (devices, layouts): what each device of the mesh owns."""
+    names = list(mesh)
+    order = exchange.batch + exchange.copies + exchange.axes
+    copies, owners, layouts = exchange.owned.shape
+    everywhere = np.broadcast_to(
+        exchange.owned, (mesh_size(mesh, exchange.batch), copies, owners, layouts)
+    ).reshape(*(mesh[axis] for axis in order), layouts)
+    back = [order.index(name) for name in names] + [len(names)]
+    return everywhere.transpose(back).reshape(-1, layouts)
+
+
+def _as_tuples(rows: np.ndarray) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in rows.tolist()]
+
+
+def _bytes(exchange: Exchange, mesh: dict[str, int], work: Work) -> float:
+    """What a device sends: there, back, to its copies, and sums over panels."""
+    copies, owners, _ = exchange.owned.shape
+    pieces = [math.prod(layout.piece) for layout in exchange.layouts]
+    there = exchange.chunk * exchange.width * (owners - 1)
+    share = exchange.shares.max(axis=0) @ np.asarray(pieces)
+    moved = (2 * there + share * (copies - 1)) * work.dtype.itemsize
+    busiest = exchange.owned.reshape(-1, len(pieces)).max(axis=0)
+    for layout, panels, count in zip(
+        exchange.layouts, exchange.panels, busiest, strict=True
+    ):
+        if panels > 1 and work.panels is not None:
+            moved += count * work.panels.sums(*layout.shape(mesh), panels)
+    return float(moved)
+
+
+def _least_bytes(exchange: Exchange, mesh: dict[str, int], work: Work) -> float:
+    copies, owners, _ = exchange.owned.shape
+    pieces = [math.prod(layout.piece) for layout in exchange.layouts]
+    held = np.asarray(exchange.counts) @ np.asarray(pieces)
+    moved = 2 * held / (copies * owners) * (owners - 1)
+    return float((moved + held / copies * (copies - 1)) * work.dtype.itemsize)
