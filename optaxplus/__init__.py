@@ -29,6 +29,7 @@ from optaxplus.partition.inference import (
 from optaxplus.partition.routing import route
 from optaxplus.partition.rules import DEFAULT_RULES, LORA_RULES, Rule, stacked
 from optaxplus.report.memory import MemoryReport, memory_report
+from optaxplus.report.placement_plan import PlacementPlan, plan_placement
 from optaxplus.report.routing_table import RoutingTable, explain_routing
 from optaxplus.sharding.placement import Placement
 from optaxplus.sharding.state_specs import state_sharding
@@ -97,6 +98,7 @@ __all__ = [
     "MemoryReport",
     "NormalizeNeuronsState",
     "Placement",
+    "PlacementPlan",
     "RoutingTable",
     "Rule",
     "ScaleByAdagradState",
@@ -154,6 +156,7 @@ __all__ = [
     "numerics",
     "orthogonalize_via_newton_schulz",
     "partition",
+    "plan_placement",
     "qk_clip",
     "radam",
     "ranger",

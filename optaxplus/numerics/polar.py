@@ -37,6 +37,9 @@ __all__ = ["concatenated", "in_rows", "polar_factor", "polar_factors"]
 # for 768, 1.1 for 1024.
 _SMALL = 512
 
+# Entries of one batch on accelerators; the products of a turn take 12 bytes an entry.
+_BATCH = 2**26
+
 # Operands of one concatenation on accelerators.
 _CONCATENATED = 8
 
@@ -199,17 +202,39 @@ def _is_tall(x: jax.Array) -> bool:
 
 
 def _at_once(iteration: NewtonSchulz, *matrices: jax.Array) -> list[jax.Array]:
-    """All matrices as one batch."""
+    """All matrices as one batch, or a few large ones."""
     wide = [x.mT if _is_tall(x) else x for x in matrices]
-    if len(wide) == 1:
+    if len(wide) == 1 and wide[0].size <= _BATCH:
         factors = iterate(wide, iteration, rolled=True)
     else:
         stacks = [x.reshape(-1, *x.shape[-2:]) for x in wide]
         ends = np.cumsum([len(x) for x in stacks])[:-1]
-        (stack,) = iterate([concatenated(stacks)], iteration, rolled=True)
+        stack = _in_batches(concatenated(stacks), iteration)
         factors = jnp.split(stack, ends.tolist())
         factors = [y.reshape(x.shape) for x, y in zip(wide, factors, strict=True)]
     return [y.mT if _is_tall(x) else y for x, y in zip(matrices, factors, strict=True)]
+
+
+def _in_batches(stack: jax.Array, iteration: NewtonSchulz) -> jax.Array:
+    """The factors of a stack, in a loop if it is large, for the memory of one turn."""
+
+    def factors(some: jax.Array) -> jax.Array:
+        return iterate([some], iteration, rolled=True)[0]
+
+    turns = min(len(stack), -(-stack.size // _BATCH))
+    if turns == 1:
+        return factors(stack)
+    count = -(-len(stack) // turns)
+    missing = turns * count - len(stack)
+    padded = jnp.pad(stack, [(0, missing), (0, 0), (0, 0)])
+    batches = padded.reshape(turns, count, *stack.shape[1:])
+
+    def turn(index: Any, batches: jax.Array) -> jax.Array:
+        batch = lax.dynamic_index_in_dim(batches, index, keepdims=False)
+        return lax.dynamic_update_index_in_dim(batches, factors(batch), index, 0)
+
+    results = lax.fori_loop(0, turns, turn, batches)
+    return results.reshape(padded.shape)[: len(stack)]
 
 
 def concatenated(stacks: list[jax.Array]) -> jax.Array:

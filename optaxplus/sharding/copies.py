@@ -55,6 +55,9 @@ def all_shares(
     parts = []
     for start in range(0, rounds, at_once):
         some = share[start : min(start + at_once, rounds)]
+        if parts:
+            # One after the other, so that they need not all be there at once.
+            some, parts[-1] = lax.optimization_barrier((some, parts[-1]))
         some = lax.all_gather(some, copies, axis=1)
         parts.append(some.reshape(-1, *share.shape[1:]))
     if len(share) > rounds:

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from optaxplus.custom_types import DTypeName
+from optaxplus import trees
+from optaxplus.custom_types import DTypeName, PyTree
 from optaxplus.numerics.matrix_axes import MatrixAxes, resolve_axes
 from optaxplus.numerics.newton_schulz import (
     NewtonSchulz,
@@ -25,8 +27,8 @@ from optaxplus.sharding.layouts import (
     lay_out,
     layout_counts,
 )
-from optaxplus.sharding.placement import Where
-from optaxplus.sharding.plan import Panels, Plan, Work, make_plan
+from optaxplus.sharding.placement import Where, device_memory
+from optaxplus.sharding.plan import Panels, Plan, Work, make_plan, panels_that_fit
 
 __all__ = ["newton_schulz_work", "plan_for", "polar_factors_on_mesh"]
 
@@ -44,6 +46,12 @@ def newton_schulz_work(
         blocks = iteration.blocks(short, long)
         return 2.0 * multiplications(blocks, short, long // panels)
 
+    def memory(rows: int, columns: int, panels: int) -> float:
+        # The panel as it came and as it goes, its product and three Gram matrices.
+        short, long = sorted((rows, columns))
+        moved, wide = dtype.itemsize, iteration.accumulator.itemsize
+        return short * long / panels * (2 * moved + wide) + 3 * short**2 * wide
+
     def sums(rows: int, columns: int, panels: int) -> float:
         # In a ring of the team.
         return bytes_of_sums(iteration, rows, columns) * 2 * (panels - 1) / panels
@@ -55,11 +63,12 @@ def newton_schulz_work(
         *others, last = steps_of_panels(iteration, rows, columns)
         return [*others, lambda x, total: (last(x, total)[0].astype(dtype), None)]
 
-    return Work(flops, dtype, function, Panels(sums, steps))
+    return Work(flops, memory, dtype, function, Panels(sums, steps))
 
 
 def polar_factors_on_mesh(
-    leaves: Sequence[jax.Array],
+    function: str,
+    tree: PyTree,
     axes: Sequence[MatrixAxes],
     iteration: NewtonSchulz,
     where: Where,
@@ -67,14 +76,19 @@ def polar_factors_on_mesh(
     """The polar factor of every matrix of every leaf, each computed once.
 
     Args:
-      leaves: Real floating-point arrays.
-      axes: Their matrix axes.
+      function: Name of the caller, for messages.
+      tree: Real floating-point arrays.
+      axes: The matrix axes of its leaves.
       iteration: What `newton_schulz` returns.
       where: How the leaves lie on a mesh.
 
     Returns:
-      Arrays of the shapes and shardings of `leaves`, in the accumulator's dtype.
+      Arrays of the shapes and shardings of the leaves, in the accumulator's dtype.
+
+    Raises:
+      ValueError: If a matrix needs more memory than a device has.
     """
+    leaves = jax.tree.leaves(tree)
     axes = [resolve_axes(a, x.shape) for a, x in zip(axes, leaves, strict=True)]
     work = newton_schulz_work(iteration, where.comm_dtype)
     # Each behind a barrier of its own: what is sliced and moved is narrow already.
@@ -86,7 +100,9 @@ def polar_factors_on_mesh(
             guessed_spec(x.shape, a, where.axes)
             for x, a in zip(leaves, axes, strict=True)
         )
-    plan, blocks = plan_for([x.shape for x in leaves], axes, specs, where.axes, work)
+    plan, blocks = plan_for(
+        function, trees.leaves_with_paths(tree), axes, specs, where, work
+    )
     results = jax.shard_map(
         lambda *parts: tuple(exchanged(work, parts, axes, blocks, plan)),
         mesh=where.mesh,
@@ -99,15 +115,29 @@ def polar_factors_on_mesh(
 
 
 def plan_for(
-    shapes: Sequence[tuple[int, ...]],
+    function: str,
+    leaves: Sequence[tuple[str, Any]],
     axes: Sequence[MatrixAxes],
     specs: Sequence[PartitionSpec],
-    mesh: dict[str, int],
+    where: Where,
     work: Work,
 ) -> tuple[Plan, list[list[Block]]]:
-    """Who computes what, and how the matrices of each parameter lie."""
-    blocks = [
-        lay_out(shape, a, spec, mesh)
-        for shape, a, spec in zip(shapes, axes, specs, strict=True)
-    ]
-    return make_plan(layout_counts(list(chain(*blocks))), mesh, work), blocks
+    """Who computes what, and how the matrices of each of the (path, array) lie."""
+    capacity = device_memory(where.mesh)
+    blocks = []
+    for (path, leaf), leaf_axes, spec in zip(leaves, axes, specs, strict=True):
+        blocks.append(lay_out(leaf.shape, leaf_axes, spec, where.axes))
+        for block in blocks[-1]:
+            if panels_that_fit(block.layout, where.axes, work, capacity):
+                continue
+            rows, columns = block.layout.shape(where.axes)
+            needed = work.memory(rows, columns, 1)
+            raise ValueError(
+                f"{function}: parameter {path!r} of shape {leaf.shape} is not allowed; "
+                f"to orthogonalize its matrices of shape ({rows}, {columns}) takes "
+                f"{needed / 1e9:.1f} GB on one device, which has "
+                f"{capacity / 1e9:.1f} GB, and they cannot be cut into panels that "
+                "fit. Give it to another optimizer, or name smaller matrices by `axes`."
+            )
+    counts = layout_counts(list(chain(*blocks)))
+    return make_plan(counts, where.axes, work, capacity), blocks

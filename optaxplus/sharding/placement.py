@@ -16,6 +16,7 @@ __all__ = [
     "Where",
     "check_placement",
     "check_specs",
+    "device_memory",
     "left_to_compiler",
     "specs_of",
     "where",
@@ -211,6 +212,14 @@ def specs_of(function: str, placement: Placement, tree: PyTree) -> list[Partitio
         _check_fit(function, path, leaf.shape, spec, placement.mesh.shape)
         specs.append(spec)
     return specs
+
+
+def device_memory(mesh: Mesh | AbstractMesh) -> float:
+    """Bytes of memory of a device of the mesh; infinity if it does not say."""
+    # The mesh of a type is abstract; its devices are of the kind that runs the program.
+    devices = mesh.devices.flat if isinstance(mesh, Mesh) else jax.local_devices()
+    stats = devices[0].memory_stats() if hasattr(devices[0], "memory_stats") else None
+    return (stats or {}).get("bytes_limit", math.inf)
 
 
 def left_to_compiler(function: Callable[..., Any], *arrays: jax.Array) -> Any:

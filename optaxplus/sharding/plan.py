@@ -24,7 +24,7 @@ import numpy as np
 
 from optaxplus.sharding.layouts import Layout, mesh_size
 
-__all__ = ["Exchange", "Panels", "Plan", "Work", "make_plan"]
+__all__ = ["Exchange", "Panels", "Plan", "Work", "make_plan", "panels_that_fit"]
 
 # What a second is worth when flops are weighed against bytes: about a TPU v5e, at 60 %
 # of its bfloat16 peak, and the links of one ring.
@@ -62,6 +62,8 @@ class Work:
     Attributes:
       flops: (rows, columns, number of panels) -> floating-point operations of each
         member of the team for one matrix.
+      memory: (rows, columns, number of panels) -> bytes that each member of the team
+        needs for one matrix.
       dtype: What matrices are moved in.
       function: Maps arrays (count, rows, columns) to as many of the same shapes and
         dtypes.
@@ -69,6 +71,7 @@ class Work:
     """
 
     flops: Callable[[int, int, int], float]
+    memory: Callable[[int, int, int], float]
     dtype: np.dtype
     function: Callable[[list[Any]], list[Any]]
     panels: Panels | None = None
@@ -192,7 +195,10 @@ class Plan:
 
 
 def make_plan(
-    counts: Mapping[Layout, int], mesh: Mapping[str, int], work: Work
+    counts: Mapping[Layout, int],
+    mesh: Mapping[str, int],
+    work: Work,
+    capacity: float = math.inf,
 ) -> Plan:
     """Shares out matrices over a mesh.
 
@@ -200,41 +206,55 @@ def make_plan(
       counts: How many matrices of each layout a device has a piece of.
       mesh: Sizes of the mesh axes, in their order.
       work: What is done to them.
+      capacity: Bytes of memory of a device; every layout has to fit, see
+        `panels_that_fit`.
 
     Returns:
       The plan that takes the least time by the model of this module.
     """
-    cuts = dict.fromkeys(counts, 1)
+    cuts = {
+        layout: panels_that_fit(layout, mesh, work, capacity) or 1 for layout in counts
+    }
     best = _plan(counts, mesh, work, cuts)
     while work.panels is not None:
         trials = [
             (_plan(counts, mesh, work, trial), trial)
-            for layout in counts
+            for layout, count in counts.items()
             if (trial := {**cuts, layout: 2 * cuts[layout]})
-            and _can_be_cut(layout, counts[layout], trial[layout], mesh)
+            and _can_be_cut(layout, trial[layout], mesh)
+            and count * trial[layout] <= mesh_size(mesh, layout.axes)
         ]
         plan, trial = min(trials, key=lambda t: t[0].seconds, default=(best, cuts))
         if plan.seconds > (1 - _WORTH_CUTTING) * best.seconds:
-            return best
+            break
         best, cuts = plan, trial
     return best
+
+
+def panels_that_fit(
+    layout: Layout, mesh: Mapping[str, int], work: Work, capacity: float
+) -> int | None:
+    """The fewest panels that fit into the memory of a device; None if none do."""
+    shape = layout.shape(mesh)
+    panels = 1
+    while work.memory(*shape, panels) > capacity:
+        panels *= 2
+        if work.panels is None or not _can_be_cut(layout, panels, mesh):
+            return None
+    return panels
 
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _can_be_cut(
-    layout: Layout, count: int, panels: int, mesh: Mapping[str, int]
-) -> bool:
-    """Whether there are devices for so many panels, and columns to share out."""
-    devices = mesh_size(mesh, layout.axes)
+def _can_be_cut(layout: Layout, panels: int, mesh: Mapping[str, int]) -> bool:
+    """Whether the columns, and the devices that have pieces, divide by `panels`."""
     rows, columns = layout.shape(mesh)
     return (
         not layout.splits
         and rows <= columns
-        and devices % panels == 0
-        and count * panels <= devices
+        and mesh_size(mesh, layout.axes) % panels == 0
         and layout.piece[1] % panels == 0
     )
 

@@ -170,7 +170,7 @@ def orthogonalize(
             lambda blocks: polar_factors(blocks, iteration), leaves, resolved
         )
     else:
-        factors = polar_factors_on_mesh(leaves, resolved, iteration, mesh)
+        factors = polar_factors_on_mesh(function, tree, resolved, iteration, mesh)
     cast = [y.astype(x.dtype) for x, y in zip(leaves, factors, strict=True)]
     return jax.tree.unflatten(structure, cast)
 
