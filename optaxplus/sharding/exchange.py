@@ -9,6 +9,7 @@ and what is taken apart goes back the same way. Everything here runs on each dev
 its own part of the arrays.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -74,7 +75,8 @@ def _pieces(x: jax.Array, axes: MatrixAxes, blocks: Sequence[Block]) -> Matrices
     """(count, *piece) for each block of a parameter."""
     matrices = to_matrices(x, axes)
     splits = axes.splits if len(blocks) > 1 else ()
-    parts = split_columns(matrices.reshape(-1, *matrices.shape[-2:]), splits)
+    *batch, rows, columns = matrices.shape
+    parts = split_columns(matrices.reshape(math.prod(batch), rows, columns), splits)
     return [
         _turned(part) if block.is_turned else part
         for block, part in zip(blocks, parts, strict=True)

@@ -103,6 +103,8 @@ def polar_factors_on_mesh(
     plan, blocks = plan_for(
         function, trees.leaves_with_paths(tree), axes, specs, where, work
     )
+    if not plan.exchanges:
+        return [x.astype(iteration.accumulator) for x in leaves]
     results = jax.shard_map(
         lambda *parts: tuple(exchanged(work, parts, axes, blocks, plan)),
         mesh=where.mesh,

@@ -43,8 +43,9 @@ class Placement:
 
     Raises:
       TypeError: If `mesh` is no mesh or an entry of `specs` no `PartitionSpec`, or
-        `comm_dtype` is no floating-point dtype.
-      ValueError: If a spec names an axis that the mesh does not have.
+        leaves an axis unconstrained, or `comm_dtype` is no floating-point dtype.
+      ValueError: If a spec names an axis that the mesh does not have, or `comm_dtype`
+        is "float16", whose range is that of no gradient.
     """
 
     mesh: Mesh | AbstractMesh
@@ -59,11 +60,21 @@ class Placement:
             )
         if self.comm_dtype is not None:
             validation.check_floating_dtype("Placement", comm_dtype=self.comm_dtype)
+            if jax.numpy.dtype(self.comm_dtype) == jax.numpy.float16:
+                raise ValueError(
+                    "Placement: comm_dtype='float16' is not allowed; gradients are "
+                    "outside of its range. Move them in 'bfloat16' or 'float32'."
+                )
         for path, spec in trees.leaves_with_paths(self.specs):
             if not isinstance(spec, PartitionSpec):
                 raise TypeError(
                     f"Placement: specs[{path!r}]={spec!r} is not allowed; it must be a "
                     "jax.sharding.PartitionSpec. For arrays use Placement.like(params)."
+                )
+            if any(entry is PartitionSpec.UNCONSTRAINED for entry in spec):
+                raise TypeError(
+                    f"Placement: specs[{path!r}]={spec} is not allowed; UNCONSTRAINED "
+                    "does not say how a parameter lies."
                 )
             for axis in _names(spec):
                 if axis not in self.mesh.shape:
@@ -217,8 +228,11 @@ def specs_of(function: str, placement: Placement, tree: PyTree) -> list[Partitio
 def device_memory(mesh: Mesh | AbstractMesh) -> float:
     """Bytes of memory of a device of the mesh; infinity if it does not say."""
     # The mesh of a type is abstract; its devices are of the kind that runs the program.
-    devices = mesh.devices.flat if isinstance(mesh, Mesh) else jax.local_devices()
-    stats = devices[0].memory_stats() if hasattr(devices[0], "memory_stats") else None
+    here = jax.local_devices()
+    if isinstance(mesh, Mesh):
+        # Those of a compiler's topology are none.
+        here = [device for device in mesh.devices.flat if device in here]
+    stats = here[0].memory_stats() if here else None
     return (stats or {}).get("bytes_limit", math.inf)
 
 

@@ -27,9 +27,10 @@ from optaxplus.sharding.layouts import Layout, mesh_size
 __all__ = ["Exchange", "Panels", "Plan", "Work", "make_plan", "panels_that_fit"]
 
 # What a second is worth when flops are weighed against bytes: about a TPU v5e, at 60 %
-# of its bfloat16 peak, and the links of one ring.
+# of its bfloat16 peak, the links of one ring, and what a collective takes at least.
 _FLOPS_PER_SECOND = 1.2e14
 _BYTES_PER_SECOND = 9e10
+_SECONDS_OF_COLLECTIVE = 1e-5
 
 # Columns that a TPU moves together.
 _LANES = 128
@@ -153,6 +154,7 @@ class Plan:
       mean_flops: The same if the work could be shared out to the last bit, uncut.
       bytes: Bytes that a device sends in rings.
       least_bytes: The same without padding and sums over panels.
+      sums: How often panels are summed.
     """
 
     mesh: dict[str, int]
@@ -163,6 +165,7 @@ class Plan:
     mean_flops: float
     bytes: float
     least_bytes: float
+    sums: int
 
     @property
     def cut(self) -> list[tuple[int, int]]:
@@ -191,7 +194,11 @@ class Plan:
     @property
     def seconds(self) -> float:
         """A guess at the time of a step, for comparing plans."""
-        return self.flops / _FLOPS_PER_SECOND + self.bytes / _BYTES_PER_SECOND
+        return (
+            self.flops / _FLOPS_PER_SECOND
+            + self.bytes / _BYTES_PER_SECOND
+            + self.sums * _SECONDS_OF_COLLECTIVE
+        )
 
 
 def make_plan(
@@ -224,7 +231,9 @@ def make_plan(
             and _can_be_cut(layout, trial[layout], mesh)
             and count * trial[layout] <= mesh_size(mesh, layout.axes)
         ]
-        plan, trial = min(trials, key=lambda t: t[0].seconds, default=(best, cuts))
+        if not trials:
+            break
+        plan, trial = min(trials, key=lambda t: t[0].seconds)
         if plan.seconds > (1 - _WORTH_CUTTING) * best.seconds:
             break
         best, cuts = plan, trial
@@ -296,6 +305,11 @@ def _plan(
         mean_flops=uncut / loads.size,
         bytes=sum(_bytes(e, sizes, work) for e in exchanges),
         least_bytes=sum(_least_bytes(e, sizes, work) for e in exchanges),
+        sums=sum(
+            len(work.panels.steps(*layout.shape(sizes))) - 1
+            for layout, panels in cuts.items()
+            if panels > 1 and work.panels is not None
+        ),
     )
 
 
