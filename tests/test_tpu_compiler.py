@@ -5,11 +5,15 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import optaxplus as ox
+from benchmarks.hlo_cost import hlo_cost
 
 pytestmark = pytest.mark.tpu
 
@@ -116,3 +120,45 @@ def test_muon_multiplies_bfloat16_matrices_into_float32(params):
     assert len(products) == (4 + 3) + (4 + 7)
     for result, left, right in products:
         assert (result, dtype_of[left], dtype_of[right]) == ("f32", "bf16", "bf16")
+
+
+# Eight chips
+
+
+def sharded_update(mode, **arguments):
+    """The orthogonalization of two layers under FSDP on eight chips, as HLO."""
+    pytest.importorskip("libtpu", reason="install the extra `tpu` for the TPU compiler")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    axis_type = AxisType.Explicit if mode == "explicit" else AxisType.Auto
+    mesh = Mesh(np.array(topology.devices), ("fsdp",), axis_types=(axis_type,))
+    shapes = {"query": (8, 512, 512), "up": (8, 512, 2048), "down": (8, 2048, 512)}
+    specs = {name: P(None, "fsdp") for name in shapes} | {"down": P(None, None, "fsdp")}
+    grads = {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, specs[name])
+        )
+        for name, shape in shapes.items()
+    }
+    tx = ox.orthogonalize_via_newton_schulz(
+        axes=ox.MatrixAxes((-2,), (-1,)),
+        placement=ox.Placement.like(grads) if mode == "placement" else "auto",
+        **arguments,
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, grads)
+    update = jax.jit(lambda g: tx.update(g, ())[0], out_shardings=shardings)
+    return update.lower(grads).compile().as_text()
+
+
+@pytest.mark.parametrize("mode", ["explicit", "placement", "auto"])
+def test_eight_chips_move_whole_matrices_once(mode):
+    cost = hlo_cost(sharded_update(mode, ns_coeffs="polar_express_paper"))
+    kinds = {kind: found.count for kind, found in cost.collectives.items()}
+    assert kinds == {"all-to-all": 2}
+    assert cost.collectives_in_products == 0
+    entries = 8 * (512 * 512 + 2 * 512 * 2048)
+    # There and back in bfloat16, 7/8 of an eighth of them; nothing is padded.
+    assert cost.wire_bytes <= 1.001 * 2 * 2 * entries / 8 * 7 / 8
+    # The standard form of five steps, shared out evenly.
+    products = 8 * 5 * (6 * 512**3 + 2 * (4 * 512**2 * 2048 + 2 * 512**3))
+    assert cost.flops <= 1.001 * products / 8

@@ -74,7 +74,7 @@ class PlacementPlan:
         devices = int(np.prod(list(self.mesh.values())))
         axes = ", ".join(f"{name}={size}" for name, size in self.mesh.items())
         if not self.groups:
-            return f"{devices} devices ({axes or 'no mesh'}): nothing to move."
+            return f"{_plural(devices, 'device')}: nothing to move."
         header = ("matrices", "pieces", "copies", "others", "panels", "on a device")
         rows = [
             (
@@ -154,7 +154,8 @@ def plan_placement(
         for decision, spec in zip(decisions, specs, strict=True)
         if decision.role == "hidden"
     ]
-    mesh = {axis: size for axis, size in placement.mesh.shape.items() if size > 1}
+    located = Where(placement.mesh, placement.mesh.axis_names, None)
+    mesh = located.sizes
     if not mesh or not hidden:
         return PlacementPlan(mesh, (), 1, 0.0, 0.0, 0.0, 0.0)
     iteration = newton_schulz(
@@ -171,7 +172,7 @@ def plan_placement(
         [(decision.path, decision) for decision, _ in hidden],
         [decision.axes for decision, _ in hidden],
         [spec for _, spec in hidden],
-        Where(placement.mesh, mesh, None),
+        located,
         newton_schulz_work(iteration, placement.comm_dtype),
     )
     return PlacementPlan(

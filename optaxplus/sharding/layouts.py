@@ -149,7 +149,7 @@ def local_dims(
     dims = []
     for size, entry in zip(shape, entries, strict=True):
         names = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        names = tuple(name for name in names if mesh[name] > 1)
+        names = tuple(name for name in names if name in mesh)
         dims.append(Dim(size // math.prod(mesh[name] for name in names), names))
     return dims
 

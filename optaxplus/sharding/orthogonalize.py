@@ -97,7 +97,7 @@ def polar_factors_on_mesh(
     if specs is None:
         # The compiler brings them to where they are guessed to be, and back.
         specs = tuple(
-            guessed_spec(x.shape, a, where.axes)
+            guessed_spec(x.shape, a, where.sizes)
             for x, a in zip(leaves, axes, strict=True)
         )
     plan, blocks = plan_for(
@@ -125,14 +125,14 @@ def plan_for(
     work: Work,
 ) -> tuple[Plan, list[list[Block]]]:
     """Who computes what, and how the matrices of each of the (path, array) lie."""
-    capacity = device_memory(where.mesh)
+    capacity, mesh = device_memory(where.mesh), where.sizes
     blocks = []
     for (path, leaf), leaf_axes, spec in zip(leaves, axes, specs, strict=True):
-        blocks.append(lay_out(leaf.shape, leaf_axes, spec, where.axes))
+        blocks.append(lay_out(leaf.shape, leaf_axes, spec, mesh))
         for block in blocks[-1]:
-            if panels_that_fit(block.layout, where.axes, work, capacity):
+            if panels_that_fit(block.layout, mesh, work, capacity):
                 continue
-            rows, columns = block.layout.shape(where.axes)
+            rows, columns = block.layout.shape(mesh)
             needed = work.memory(rows, columns, 1)
             raise ValueError(
                 f"{function}: parameter {path!r} of shape {leaf.shape} is not allowed; "
@@ -142,4 +142,4 @@ def plan_for(
                 "fit. Give it to another optimizer, or name smaller matrices by `axes`."
             )
     counts = layout_counts(list(chain(*blocks)))
-    return make_plan(counts, where.axes, work, capacity), blocks
+    return make_plan(counts, mesh, work, capacity), blocks

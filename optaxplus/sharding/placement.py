@@ -124,15 +124,20 @@ class Where:
 
     Attributes:
       mesh: Their mesh.
-      axes: The mesh axes that count, with their sizes.
+      axes: The mesh axes along which they may lie.
       specs: The spec of every leaf; None if nothing tells.
       comm_dtype: Dtype in which matrices are moved, if it was said.
     """
 
     mesh: Mesh | AbstractMesh
-    axes: dict[str, int]
+    axes: tuple[str, ...]
     specs: tuple[PartitionSpec, ...] | None
     comm_dtype: DTypeName | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of these axes, of those with more than one device."""
+        return {axis: n for axis in self.axes if (n := self.mesh.shape[axis]) > 1}
 
 
 def check_placement(function: str, placement: Any) -> None:
@@ -162,10 +167,9 @@ def where(function: str, placement: Any, tree: PyTree) -> Where | None:
     if isinstance(placement, Placement):
         specs = specs_of(function, placement, tree)
         _check_types(function, specs, types, tree)
-        axes = _larger(placement.mesh, placement.mesh.axis_names)
-        if not axes:
-            return None
-        return Where(placement.mesh, axes, tuple(specs), placement.comm_dtype)
+        axes = placement.mesh.axis_names
+        found = Where(placement.mesh, axes, tuple(specs), placement.comm_dtype)
+        return found if found.sizes or _of_type(found.mesh, AxisType.Explicit) else None
     mesh = next((s.mesh for s in types if not s.mesh.empty), None)
     if mesh is None:
         return None
@@ -174,9 +178,8 @@ def where(function: str, placement: Any, tree: PyTree) -> Where | None:
         # A type that was lost on the way, as optax.MultiSteps loses it, is no mesh.
         specs = [PartitionSpec() if s.mesh.empty else s.spec for s in types]
         return Where(mesh, axes, tuple(specs))
-    if axes := _of_type(mesh, AxisType.Auto):
-        return Where(mesh, axes, None)
-    return None
+    found = Where(mesh, _of_type(mesh, AxisType.Auto), None)
+    return found if found.sizes else None
 
 
 def check_specs(
@@ -319,11 +322,7 @@ def _names(spec: PartitionSpec) -> tuple[str, ...]:
     )
 
 
-def _larger(mesh: Mesh | AbstractMesh, names: Any) -> dict[str, int]:
-    return {name: mesh.shape[name] for name in names if mesh.shape[name] > 1}
-
-
-def _of_type(mesh: Mesh | AbstractMesh, kind: AxisType) -> dict[str, int]:
-    """The mesh axes of one type that have more than one device."""
+def _of_type(mesh: Mesh | AbstractMesh, kind: AxisType) -> tuple[str, ...]:
+    """The mesh axes of one type."""
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return _larger(mesh, [name for name, axis_type in types if axis_type == kind])
+    return tuple(name for name, axis_type in types if axis_type == kind)

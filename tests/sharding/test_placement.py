@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxplus as ox
 from optaxplus import trees
+from tests.assertions import assert_trees_close
 from tests.sharding.meshes import make_mesh, normal, place
 
 PARAMS = {"up": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}}
@@ -140,6 +141,26 @@ def test_one_device_is_left_alone() -> None:
     mesh = jax.make_mesh((1,), ("fsdp",), (AxisType.Auto,), devices=jax.devices()[:1])
     placed = place(grads, mesh, {"w": P("fsdp")})
     assert "manual_computation" not in jax.jit(tx.update).lower(placed, ()).as_text()
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("sizes", [(1, 8), (1, 1)])
+def test_axes_of_one_device(kind: AxisType, sizes: tuple[int, int]) -> None:
+    devices = jax.devices()[: sizes[0] * sizes[1]]
+    mesh = jax.make_mesh(sizes, ("fsdp", "tensor"), (kind,) * 2, devices=devices)
+    grads = normal({"up": (8, 16), "down": (16, 8), "out": (8, 8)})
+    specs = {"up": P("fsdp", "tensor"), "down": P("tensor", "fsdp"), "out": P("fsdp")}
+    tx = ox.orthogonalize_via_newton_schulz(
+        compute_dtype="float32", axes=ox.MatrixAxes((0,), (1,))
+    )
+    expected, _ = tx.update(grads, ())
+    placed = place(grads, mesh, specs)
+    updates, _ = jax.jit(tx.update)(placed, ())
+    # Sums in another order, of numbers of at most 1.
+    assert_trees_close(updates, expected, rtol=2e-5)
+    count = len(devices)
+    plan = str(ox.plan_placement({"up": {"kernel": placed["up"]}}))
+    assert f"{count} device" in plan
 
 
 def test_inside_a_shard_map_arrays_are_what_the_device_has(mesh) -> None:

@@ -162,10 +162,10 @@ def test_an_even_number_needs_one_kind_and_nothing_more_than_it_must() -> None:
 def test_nothing_to_place() -> None:
     params = {"norm": {"scale": jax.ShapeDtypeStruct((8,), "float32")}}
     made = ox.plan_placement(params, ox.Placement(AbstractMesh((8,), ("a",)), P()))
-    assert str(made) == "8 devices (a=8): nothing to move."
+    assert str(made) == "8 devices: nothing to move."
     kernel = {"up": {"kernel": jax.ShapeDtypeStruct((8, 8), "float32")}}
     made = ox.plan_placement(kernel, ox.Placement(AbstractMesh((1,), ("a",)), P("a")))
-    assert str(made) == "1 devices (no mesh): nothing to move."
+    assert str(made) == "1 device: nothing to move."
 
 
 def test_what_fits_no_device_is_cut_or_refused(monkeypatch) -> None:
