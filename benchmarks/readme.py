@@ -20,6 +20,7 @@ import optaxplus as ox
 # A script's own folder, also where the tests load it by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from methods import FROM_OPTAX, METHODS, WRAPPERS, Method
+from pod_cost import markdown
 from routing import OURS, details, misses, summary
 from train_gpt_seeds import table
 
@@ -331,12 +332,18 @@ def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
+def pod_cost() -> str:
+    """What an update of Muon costs on a pod."""
+    return markdown(json.loads((RESULTS / "pod_cost.json").read_text("utf-8")))
+
+
 BLOCKS = {
     "methods": methods_table,
     "main job": main_job,
     "finetune": finetune,
     "routing": routing,
     "muon time": muon_time,
+    "pod cost": pod_cost,
     "orthogonality": orthogonality,
     "seeds": seeds,
     "update time": update_time,
