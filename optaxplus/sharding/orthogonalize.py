@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import PartitionSpec
 
 from optaxplus import trees
@@ -72,6 +73,7 @@ def polar_factors_on_mesh(
     axes: Sequence[MatrixAxes],
     iteration: NewtonSchulz,
     where: Where,
+    params: PyTree | None,
 ) -> list[jax.Array]:
     """The polar factor of every matrix of every leaf, each computed once.
 
@@ -81,6 +83,7 @@ def polar_factors_on_mesh(
       axes: The matrix axes of its leaves.
       iteration: What `newton_schulz` returns.
       where: How the leaves lie on a mesh.
+      params: Parameters that lie as the leaves do, if there are any.
 
     Returns:
       Arrays of the shapes and shardings of the leaves, in the accumulator's dtype.
@@ -94,6 +97,8 @@ def polar_factors_on_mesh(
     # Each behind a barrier of its own: what is sliced and moved is narrow already.
     narrow = [lax.optimization_barrier(x.astype(work.dtype)) for x in leaves]
     specs = where.specs
+    given = jax.tree.leaves(params) if specs is None else []
+    narrow = _lying_as(narrow, given)
     if specs is None:
         # The compiler brings them to where they are guessed to be, and back.
         specs = tuple(
@@ -113,7 +118,22 @@ def polar_factors_on_mesh(
         axis_names=set(where.axes),
         check_vma=False,
     )(*narrow)
-    return [lax.optimization_barrier(y).astype(iteration.accumulator) for y in results]
+    results = _lying_as([lax.optimization_barrier(y) for y in results], given)
+    return [y.astype(iteration.accumulator) for y in results]
+
+
+def _lying_as(arrays: list[jax.Array], given: Sequence[jax.Array]) -> list[jax.Array]:
+    """The arrays, which the compiler is to shard as it shards those that are given.
+
+    Left to itself it would compute also what comes before and after where the guess
+    says, and move that, in float32, instead.
+    """
+    if not given:
+        return arrays
+    return [
+        lax.optimization_barrier(shard_alike(x, like)[0])
+        for x, like in zip(arrays, given, strict=True)
+    ]
 
 
 def plan_for(

@@ -184,11 +184,10 @@ def scale_by_norm_lmo(
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, optax.EmptyState]:
-        del params
         leaf_axes = resolved_axes(updates)
         wide = jax.tree.map(trees.widen, updates)
         if norm == "spectral":
-            wide = orthogonalize(name, wide, leaf_axes, iteration, placement)
+            wide = orthogonalize(name, wide, leaf_axes, iteration, placement, params)
 
         def leaf(b: jax.Array, b_axes: MatrixAxes) -> jax.Array:
             factor = trees.scalar_for(radius, b)

@@ -146,10 +146,10 @@ def orthogonalize_via_newton_schulz(
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, optax.EmptyState]:
-        del params
         wide = jax.tree.map(trees.widen, updates)
         resolved = matrix_axes_of(name, axes, updates)
-        return orthogonalize(name, wide, resolved, iteration, placement), state
+        result = orthogonalize(name, wide, resolved, iteration, placement, params)
+        return result, state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -160,8 +160,12 @@ def orthogonalize(
     axes: PyTree,
     iteration: NewtonSchulz,
     placement: Placement | str | None,
+    params: PyTree | None,
 ) -> PyTree:
-    """The polar factors of all matrices of a tree, in the dtypes of its leaves."""
+    """The polar factors of all matrices of a tree, in the dtypes of its leaves.
+
+    `params` may tell the compiler how the tree lies, where nothing else does.
+    """
     leaves, structure = jax.tree.flatten(tree)
     resolved = jax.tree.leaves(axes)
     mesh = where(function, placement, tree)
@@ -170,7 +174,9 @@ def orthogonalize(
             lambda blocks: polar_factors(blocks, iteration), leaves, resolved
         )
     else:
-        factors = polar_factors_on_mesh(function, tree, resolved, iteration, mesh)
+        factors = polar_factors_on_mesh(
+            function, tree, resolved, iteration, mesh, params
+        )
     cast = [y.astype(x.dtype) for x, y in zip(leaves, factors, strict=True)]
     return jax.tree.unflatten(structure, cast)
 
