@@ -19,9 +19,10 @@ mask (`Mask`)
     function, as `axes`.
 placement
     Which device does the matrix work where parameters are sharded over a mesh. "auto"
-    reads how they lie from their types under a mesh with Explicit axes; under one with
-    Auto axes, where types do not tell, it asks the compiler to bring whole matrices to
-    every device. An `optaxplus.Placement` says how they lie. Either way a matrix is
+    reads how they lie from their types under a mesh with Explicit axes. Under one with
+    Auto axes, where types do not tell, it guesses, and the compiler moves what lies
+    otherwise once more; give `update` the parameters, from which it knows where the
+    rest of the update belongs. An `optaxplus.Placement` says how they lie. A matrix is
     moved once there and once back, and computed by one device, or by a few where there
     are more devices than matrices. None leaves everything to the compiler. On one
     device it makes no difference. Static.

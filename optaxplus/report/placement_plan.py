@@ -112,8 +112,9 @@ def plan_placement(
     """Says which devices orthogonalize which matrices, and what a step moves.
 
     The plan that `optaxplus.muon` and its relatives follow with their defaults, under
-    an Explicit mesh or with this `Placement`; under an Auto mesh without one they guess
-    how parameters lie, and the compiler moves what lies otherwise. Nothing is compiled.
+    an Explicit mesh or with `Placement.like(params)`; under an Auto mesh without one
+    they guess how parameters lie, and the compiler moves what lies otherwise. Nothing is
+    compiled.
 
     Args:
       params: Arrays, or `jax.ShapeDtypeStruct`s, of all parameters.

@@ -44,8 +44,8 @@ class Placement:
     Raises:
       TypeError: If `mesh` is no mesh or an entry of `specs` no `PartitionSpec`, or
         leaves an axis unconstrained, or `comm_dtype` is no floating-point dtype.
-      ValueError: If a spec names an axis that the mesh does not have, or `comm_dtype`
-        is "float16", whose range is that of no gradient.
+      ValueError: If a spec names an axis that the mesh does not have, or one twice, or
+        `comm_dtype` is "float16", whose range is that of no gradient.
     """
 
     mesh: Mesh | AbstractMesh
@@ -75,6 +75,11 @@ class Placement:
                 raise TypeError(
                     f"Placement: specs[{path!r}]={spec} is not allowed; UNCONSTRAINED "
                     "does not say how a parameter lies."
+                )
+            if len(set(_names(spec))) < len(_names(spec)):
+                raise ValueError(
+                    f"Placement: specs[{path!r}]={spec} is not allowed; it names an "
+                    "axis of the mesh twice."
                 )
             for axis in _names(spec):
                 if axis not in self.mesh.shape:
@@ -165,6 +170,11 @@ def where(function: str, placement: Any, tree: PyTree) -> Where | None:
     leaves = [leaf for _, leaf in trees.leaves_with_paths(tree)]
     types = [jax.typeof(leaf).sharding for leaf in leaves]
     if isinstance(placement, Placement):
+        if any(not s.mesh.empty and _of_type(s.mesh, AxisType.Manual) for s in types):
+            raise ValueError(
+                f"{function}: a Placement is not allowed inside jax.shard_map, where "
+                "arrays are what one device has; pass placement='auto' or None."
+            )
         specs = specs_of(function, placement, tree)
         _check_types(function, specs, types, tree)
         axes = placement.mesh.axis_names

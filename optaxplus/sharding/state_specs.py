@@ -71,7 +71,9 @@ def state_sharding(
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(explicit, spec))
         for x, spec in zip(leaves, specs, strict=True)
     ]
-    state = jax.eval_shape(tx.init, jax.tree.unflatten(structure, typed))
+    # Whatever mesh the caller has set, these types are of this one.
+    with jax.sharding.use_abstract_mesh(explicit):
+        state = jax.eval_shape(tx.init, jax.tree.unflatten(structure, typed))
 
     def sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         given = leaf.sharding

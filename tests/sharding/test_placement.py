@@ -59,6 +59,8 @@ def test_bad_placements(mesh) -> None:
         ox.Placement(mesh, {"up": P("tensor")})
     with pytest.raises(TypeError, match=r"specs\['up'\].*UNCONSTRAINED"):
         ox.Placement(mesh, {"up": P(P.UNCONSTRAINED)})
+    with pytest.raises(ValueError, match="names an axis of the mesh twice"):
+        ox.Placement(mesh, P("fsdp", "fsdp"))
     with pytest.raises(TypeError, match="comm_dtype"):
         ox.Placement(mesh, P(), comm_dtype="int8")
     with pytest.raises(ValueError, match="comm_dtype='float16' is not allowed"):
@@ -202,6 +204,30 @@ def test_state_sharding_of_other_libraries_and_of_nnx(mesh) -> None:
     shardings = ox.state_sharding(ox.adamw(0.1), state, placement)
     specs = {s.spec[0] for s in jax.tree.leaves(shardings) if s.spec}
     assert specs == {"fsdp"}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_state_sharding_under_a_mesh_that_is_set(kind: AxisType) -> None:
+    mesh = make_mesh(kind, fsdp=8)
+    tx = ox.muon(0.1)
+    with jax.set_mesh(mesh):
+        placed = place(PARAMS, mesh, SPECS)
+        shardings = ox.state_sharding(tx, placed)
+        state = jax.jit(tx.init, out_shardings=shardings)(placed)
+    assert jax.tree.map(lambda x: x.sharding, state) == shardings
+
+
+def test_a_placement_inside_a_shard_map_is_refused(mesh) -> None:
+    grads = place(normal({"w": (16, 8)}), mesh, {"w": P("fsdp")})
+    tx = ox.orthogonalize_via_newton_schulz(placement=ox.Placement.like(grads))
+    inside = jax.shard_map(
+        lambda g: tx.update(g, ())[0],
+        mesh=mesh,
+        in_specs=P("fsdp"),
+        out_specs=P("fsdp"),
+    )
+    with pytest.raises(ValueError, match="not allowed inside jax"):
+        jax.jit(inside)(grads)
 
 
 def test_state_sharding_refuses(mesh) -> None:
