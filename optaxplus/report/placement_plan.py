@@ -113,8 +113,8 @@ def plan_placement(
 
     The plan that `optaxplus.muon` and its relatives follow with their defaults, under
     an Explicit mesh or with `Placement.like(params)`; under an Auto mesh without one
-    they guess how parameters lie, and the compiler moves what lies otherwise. Nothing is
-    compiled.
+    they guess how parameters lie, and the compiler moves what lies otherwise. Nothing
+    is compiled.
 
     Args:
       params: Arrays, or `jax.ShapeDtypeStruct`s, of all parameters.

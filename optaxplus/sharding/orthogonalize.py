@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import PartitionSpec
 
 from optaxplus import trees
@@ -30,6 +29,12 @@ from optaxplus.sharding.layouts import (
 )
 from optaxplus.sharding.placement import Where, device_memory
 from optaxplus.sharding.plan import Panels, Plan, Work, make_plan, panels_that_fit
+
+try:
+    from jax.experimental.shard_alike import shard_alike
+except ImportError:
+    # JAX 0.12 has no way to say that two arrays are to lie alike.
+    shard_alike = None
 
 __all__ = ["newton_schulz_work", "plan_for", "polar_factors_on_mesh"]
 
@@ -128,7 +133,7 @@ def _lying_as(arrays: list[jax.Array], given: Sequence[jax.Array]) -> list[jax.A
     Left to itself it would compute also what comes before and after where the guess
     says, and move that, in float32, instead.
     """
-    if not given:
+    if not given or shard_alike is None:
         return arrays
     return [
         lax.optimization_barrier(shard_alike(x, like)[0])
