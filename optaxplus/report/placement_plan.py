@@ -119,8 +119,8 @@ def plan_placement(
     Args:
       params: Arrays, or `jax.ShapeDtypeStruct`s, of all parameters.
       placement: How they lie on a mesh; None reads it from their shardings.
-      rules: What each parameter is, as in `optaxplus.muon`; its "hidden" matrices are
-        placed.
+      rules: What each parameter is, as in `optaxplus.muon`. Shown are the "hidden"
+        matrices; `optaxplus.scion` places those of the role "other" too.
 
     Returns:
       A `PlacementPlan`: `str()` is the table, `groups` and `to_dict()` are the data.

@@ -78,7 +78,7 @@ class Work:
     panels: Panels | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Exchange:
     """Matrices whose pieces lie along the same mesh axes, and who owns them.
 
