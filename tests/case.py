@@ -39,6 +39,8 @@ class Case:
             coordinate, its matrix or vector, or the whole tree.
         rtol: How much of an update float32 rounding may change, relative to its
             largest entry. The default: a dozen roundings of 6e-8, some amplified.
+        multiplies_matrices: Whether it iterates by products of matrices, whose
+            rounding errors are larger than those of elementwise rules.
         zero_gradient: (parameter, learning rate, role) -> first update when the
             gradient is 0.
         oracle: Float64 reference of one block. For named optimizers.
@@ -64,6 +66,7 @@ class Case:
     silent_steps: int = 0
     scope: Literal["element", "block", "tree"] = "element"
     rtol: float = 4e-6
+    multiplies_matrices: bool = False
     zero_gradient: Callable[[Array, float, str], Array] = _nothing
     oracle: Oracle | None = None
     torch: Mapping[str, Callable[[Any], Any] | None] = field(default_factory=dict)

@@ -128,7 +128,7 @@ def test_oracle(case: Case, dtype: str) -> None:
             seen = clipped(seen, case.kwargs["clip_norm"])
             assert all(np.abs(seen[key]).max() < 5.0 for key in seen)
         theirs = from_start(oracle_trajectory(case, start, seen, rate), start)
-        iterates = case.contracts_sharded_axes
+        iterates = case.multiplies_matrices
         wide = {}
         if dtype == "float64" and "compute_dtype" in case.parameters:
             wide["compute_dtype"] = "float64"
@@ -157,7 +157,7 @@ def test_torch(case: Case, run: str) -> None:
             case.make(rate, **case.with_axes(axes)), *recorded("float64", theirs)
         )
     # As above, but PyTorch's Muon iterates in bfloat16.
-    rtol = BFLOAT16_RTOL if case.contracts_sharded_axes else case.torch_rtol
+    rtol = BFLOAT16_RTOL if case.multiplies_matrices else case.torch_rtol
     assert_trees_close(ours, theirs, rtol=rtol)
 
 

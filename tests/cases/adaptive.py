@@ -260,6 +260,7 @@ CASES = [
         learning_rate=0.1,
         needs_params=True,
         complex_supported=False,
+        multiplies_matrices=True,
         scope="block",
         rtol=BFLOAT16_RTOL,
         zero_gradient=decay_of(0.1, role="vector"),
