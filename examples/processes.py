@@ -36,6 +36,15 @@ def check_arguments(
     given = (parsed.coordinator, parsed.processes, parsed.process_id)
     if len({value is None for value in given}) == 2:
         parser.error("--coordinator, --processes and --process-id belong together")
+    if parsed.coordinator is None:
+        return
+    if parsed.distributed:
+        parser.error("--distributed finds the other processes without --coordinator")
+    if not 0 <= parsed.process_id < parsed.processes:
+        parser.error(
+            f"--process-id must be from 0 to {parsed.processes - 1}; "
+            f"got {parsed.process_id}"
+        )
 
 
 def start(options: argparse.Namespace) -> None:

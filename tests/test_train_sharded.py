@@ -140,6 +140,20 @@ def test_a_mesh_has_to_have_all_devices(tmp_path):
     assert "--mesh fsdp=3 has 3 devices, but there are 8" in errors
 
 
+def test_processes_have_to_be_told_apart(tmp_path):
+    one = ("--coordinator", "localhost:1", "--processes", "2", "--process-id")
+    refused = {
+        "belong together": one[:2],
+        "must be from 0 to 1; got 2": (*one, "2"),
+        "without --coordinator": (*one, "0", "--distributed"),
+    }
+    started = [start(tmp_path, *arguments) for arguments in refused.values()]
+    for message, process in zip(refused, started, strict=True):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 2
+        assert message in errors
+
+
 @pytest.mark.parametrize("text", ["8", "fsdp=0", "width=8", "fsdp=2,fsdp=4", "fsdp=-8"])
 def test_a_mesh_has_to_be_legible(text):
     with pytest.raises(ArgumentTypeError, match=r"must be like fsdp=4,tensor=2"):

@@ -14,7 +14,7 @@ from optaxplus.partition.rules import DEFAULT_RULES, Rule
 from optaxplus.report.tables import format_bytes, format_table
 from optaxplus.sharding.layouts import mesh_size
 from optaxplus.sharding.orthogonalize import newton_schulz_work, plan_for
-from optaxplus.sharding.placement import Placement, Where, specs_of
+from optaxplus.sharding.placement import Placement, Where, explicit_axes, specs_of
 from optaxplus.sharding.plan import Plan
 
 __all__ = ["PlacementGroup", "PlacementPlan", "plan_placement"]
@@ -146,8 +146,11 @@ def plan_placement(
       moved: 132.1 MB from every device, 1.33 of the least
     """
     name = "plan_placement"
+    axes: tuple[str, ...] = ()
     if placement is None:
         placement = Placement.like(params)
+        # Of a mesh with axes of both types the types are what is read.
+        axes = explicit_axes(placement.mesh)
     decisions = decide(name, params, rules)
     specs = specs_of(name, placement, params)
     hidden = [
@@ -155,7 +158,7 @@ def plan_placement(
         for decision, spec in zip(decisions, specs, strict=True)
         if decision.role == "hidden"
     ]
-    located = Where(placement.mesh, placement.mesh.axis_names, None)
+    located = Where(placement.mesh, axes or placement.mesh.axis_names, None)
     mesh = located.sizes
     if not mesh or not hidden:
         return PlacementPlan(mesh, (), 1, 0.0, 0.0, 0.0, 0.0)
@@ -194,9 +197,10 @@ def plan_placement(
 def _group(plan: Plan, e: int, position: int) -> PlacementGroup:
     exchange = plan.exchanges[e]
     layout = exchange.layouts[position]
+    shape = layout.shape(plan.mesh)
     computed = Counter(plan.kinds[kind][e][position] for kind in plan.kind_of.tolist())
     return PlacementGroup(
-        shape=layout.shape(plan.mesh),
+        shape=shape if layout.splits else (min(shape), max(shape)),
         count=exchange.counts[position] * mesh_size(plan.mesh, exchange.batch),
         pieces=exchange.axes,
         copies=exchange.copies,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxplus.numerics.matrix_axes import split_columns
+from optaxplus.sharding.layouts import mesh_size
 from optaxplus.sharding.plan import Exchange
 
 __all__ = ["chunk_of_matrices", "from_chunks", "matrices_of_chunk", "to_chunks"]
@@ -30,8 +31,8 @@ def to_chunks(
       owned: Shape (owners, layouts): how many matrices or panels each owner has.
     """
     folded = [
-        _folded(_in_panels(stack, panels, counts), exchange.width)
-        for stack, panels, counts in zip(stacks, exchange.panels, owned.T, strict=True)
+        _folded(_in_panels(stack, exchange, position, counts), exchange.width)
+        for position, (stack, counts) in enumerate(zip(stacks, owned.T, strict=True))
     ]
     starts = [0] * len(stacks)
     chunks = []
@@ -63,8 +64,8 @@ def from_chunks(x: jax.Array, exchange: Exchange, owned: np.ndarray) -> list[jax
             parts[position].append(_unfolded(chunk[:, start:stop], exchange, position))
             start = stop
     return [
-        _in_whole(jnp.concatenate(part), panels, counts)
-        for part, panels, counts in zip(parts, exchange.panels, owned.T, strict=True)
+        _in_whole(jnp.concatenate(part), exchange, position, counts)
+        for position, (part, counts) in enumerate(zip(parts, owned.T, strict=True))
     ]
 
 
@@ -77,8 +78,11 @@ def _runs(owned: np.ndarray) -> list[tuple[int, tuple[int, ...]]]:
 # The panels of a matrix go to the members of a team, one to each.
 
 
-def _in_panels(stack: jax.Array, panels: int, counts: np.ndarray) -> jax.Array:
+def _in_panels(
+    stack: jax.Array, exchange: Exchange, position: int, counts: np.ndarray
+) -> jax.Array:
     """The panels of matrices (count, m, n), in the order of their owners."""
+    panels, side = exchange.panels[position], 1 + exchange.cut_side(position)
     if panels == 1:
         return stack
     start = 0
@@ -86,14 +90,17 @@ def _in_panels(stack: jax.Array, panels: int, counts: np.ndarray) -> jax.Array:
     for teams, (count,) in _runs(counts[::panels, None]):
         part = stack[start : start + teams * count]
         start += teams * count
-        members = jnp.stack(jnp.split(part, panels, axis=2), axis=1)
+        members = jnp.stack(jnp.split(part, panels, axis=side), axis=1)
         members = members.reshape(teams, count, *members.shape[1:]).swapaxes(1, 2)
         parts.append(members.reshape(-1, *members.shape[3:]))
     return jnp.concatenate(parts)
 
 
-def _in_whole(stack: jax.Array, panels: int, counts: np.ndarray) -> jax.Array:
+def _in_whole(
+    stack: jax.Array, exchange: Exchange, position: int, counts: np.ndarray
+) -> jax.Array:
     """Inverse of `_in_panels`."""
+    panels, side = exchange.panels[position], 1 + exchange.cut_side(position)
     if panels == 1:
         return stack
     start = 0
@@ -104,7 +111,7 @@ def _in_whole(stack: jax.Array, panels: int, counts: np.ndarray) -> jax.Array:
         part = part.reshape(teams, panels, count, *part.shape[1:]).swapaxes(1, 2)
         part = part.reshape(-1, panels, *part.shape[3:])
         parts.append(
-            jnp.concatenate([part[:, panel] for panel in range(panels)], axis=2)
+            jnp.concatenate([part[:, panel] for panel in range(panels)], axis=side)
         )
     return jnp.concatenate(parts)
 
@@ -131,7 +138,7 @@ def _unfolded(x: jax.Array, exchange: Exchange, position: int) -> jax.Array:
 
 
 def matrices_of_chunk(
-    x: jax.Array, exchange: Exchange, counts: Sequence[int], mesh: dict[str, int]
+    x: jax.Array, exchange: Exchange, counts: Sequence[int]
 ) -> list[list[jax.Array]]:
     """For each layout the arrays (count, m, n) that it has, one for every split.
 
@@ -139,7 +146,6 @@ def matrices_of_chunk(
       x: Shape (devices, rows, width).
       exchange: The exchange it came by.
       counts: How many matrices, or panels, of each layout it has.
-      mesh: Sizes of the mesh axes.
     """
     matrices = []
     height = exchange.rows(exchange.width)
@@ -148,7 +154,7 @@ def matrices_of_chunk(
         stop = start + count * height[position]
         arrays = []
         if count:
-            whole = _whole(x[:, start:stop], exchange, position, mesh)
+            whole = _whole(x[:, start:stop], exchange, position)
             arrays = split_columns(whole, exchange.layouts[position].splits)
         matrices.append(arrays)
         start = stop
@@ -158,24 +164,21 @@ def matrices_of_chunk(
 def chunk_of_matrices(
     matrices: Sequence[Sequence[jax.Array]],
     exchange: Exchange,
-    mesh: dict[str, int],
     dtype: jnp.dtype,
 ) -> jax.Array:
     """Inverse of `matrices_of_chunk`, padded with zeros."""
     parts = [
-        _in_pieces(jnp.concatenate(arrays, axis=-1), exchange, position, mesh)
+        _in_pieces(jnp.concatenate(arrays, axis=-1), exchange, position)
         for position, arrays in enumerate(matrices)
         if arrays
     ]
-    devices = math.prod(mesh[axis] for axis in exchange.axes)
+    devices = mesh_size(exchange.mesh, exchange.axes)
     missing = exchange.chunk - sum(part.shape[1] for part in parts)
     parts.append(jnp.zeros((devices, missing, exchange.width), dtype))
     return jnp.concatenate(parts, axis=1)
 
 
-def _arrival(
-    exchange: Exchange, position: int, mesh: dict[str, int]
-) -> tuple[list[int], list[int]]:
+def _arrival(exchange: Exchange, position: int) -> tuple[list[int], list[int]]:
     """Sizes of the axes of matrices in pieces, and their order in the whole.
 
     The pieces come as (mesh axes..., count, dims of the rows..., of the columns...);
@@ -183,30 +186,28 @@ def _arrival(
     """
     layout = exchange.layouts[position]
     dims = layout.rows + layout.columns
-    sizes = [mesh[axis] for axis in exchange.axes] + [-1] + [d.local for d in dims]
-    sizes[-1] //= exchange.panels[position]
     first = len(exchange.axes)
+    sizes = [exchange.mesh[axis] for axis in exchange.axes]
+    sizes += [-1, *(dim.local for dim in dims)]
+    if exchange.panels[position] > 1:
+        # What is cut has one axis a side.
+        sizes[first + 1 :] = exchange.pieces[position]
     order = [first]
     for index, dim in enumerate(dims):
         order += [exchange.axes.index(axis) for axis in dim.axes] + [first + 1 + index]
     return sizes, order
 
 
-def _whole(
-    x: jax.Array, exchange: Exchange, position: int, mesh: dict[str, int]
-) -> jax.Array:
+def _whole(x: jax.Array, exchange: Exchange, position: int) -> jax.Array:
     """(count, rows, columns) out of (devices, rows of their pieces, width)."""
-    sizes, order = _arrival(exchange, position, mesh)
-    rows, columns = exchange.layouts[position].shape(mesh)
+    sizes, order = _arrival(exchange, position)
     x = _unfolded(x, exchange, position).reshape(sizes).transpose(order)
-    return x.reshape(-1, rows, columns // exchange.panels[position])
+    return x.reshape(-1, *exchange.panel_shape(position))
 
 
-def _in_pieces(
-    matrices: jax.Array, exchange: Exchange, position: int, mesh: dict[str, int]
-) -> jax.Array:
+def _in_pieces(matrices: jax.Array, exchange: Exchange, position: int) -> jax.Array:
     """Inverse of `_whole`."""
-    sizes, order = _arrival(exchange, position, mesh)
+    sizes, order = _arrival(exchange, position)
     devices = math.prod(sizes[: len(exchange.axes)])
     sizes[len(exchange.axes)] = len(matrices)
     x = matrices.reshape([sizes[axis] for axis in order])

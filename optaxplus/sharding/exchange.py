@@ -25,7 +25,7 @@ from optaxplus.numerics.matrix_axes import (
     split_columns,
     to_matrices,
 )
-from optaxplus.numerics.polar import concatenated, in_rows
+from optaxplus.numerics.polar import concatenated, turned
 from optaxplus.sharding.chunks import (
     chunk_of_matrices,
     from_chunks,
@@ -78,7 +78,7 @@ def _pieces(x: jax.Array, axes: MatrixAxes, blocks: Sequence[Block]) -> Matrices
     *batch, rows, columns = matrices.shape
     parts = split_columns(matrices.reshape(math.prod(batch), rows, columns), splits)
     return [
-        _turned(part) if block.is_turned else part
+        turned(part) if block.is_turned else part
         for block, part in zip(blocks, parts, strict=True)
     ]
 
@@ -86,17 +86,11 @@ def _pieces(x: jax.Array, axes: MatrixAxes, blocks: Sequence[Block]) -> Matrices
 def _from_pieces(
     blocks: Sequence[Block], axes: MatrixAxes, like: jax.Array, pieces: Matrices
 ) -> jax.Array:
-    turned = [
-        _turned(piece) if block.is_turned else piece
+    parts = [
+        turned(piece) if block.is_turned else piece
         for block, piece in zip(blocks, pieces, strict=True)
     ]
-    return from_matrices(jnp.concatenate(turned, axis=-1), axes, like.shape)
-
-
-def _turned(x: jax.Array) -> jax.Array:
-    # Moved here and now, in the narrow dtype: XLA would rather compute everything that
-    # it is made of and made into in the other layout, in float32.
-    return in_rows(in_rows(x).mT)
+    return from_matrices(jnp.concatenate(parts, axis=-1), axes, like.shape)
 
 
 def _by_layout(
@@ -237,7 +231,7 @@ def _compute(
 ) -> Matrices:
     """The results of one kind of device, as they are sent back."""
     have = [
-        matrices_of_chunk(x, exchange, counts, plan.mesh)
+        matrices_of_chunk(x, exchange, counts)
         for x, exchange, counts in zip(
             received, plan.exchanges, plan.kinds[kind], strict=True
         )
@@ -261,7 +255,7 @@ def _compute(
         for e, exchange in enumerate(have)
     ]
     return [
-        chunk_of_matrices(matrices, exchange, plan.mesh, x.dtype)
+        chunk_of_matrices(matrices, exchange, x.dtype)
         for matrices, exchange, x in zip(results, plan.exchanges, received, strict=True)
     ]
 
@@ -310,10 +304,9 @@ def _panels(kind: int, plan: Plan, received: Matrices) -> Matrices:
         exchange = plan.exchanges[e]
         counts = plan.kinds[kind][e]
         x = received[e]
-        have = matrices_of_chunk(x, exchange, counts, plan.mesh)[position]
-        rows, columns = exchange.layouts[position].shape(plan.mesh)
-        shape = (0, rows, columns // exchange.panels[position])
-        stack = have[0] if have else jnp.zeros(shape, x.dtype)
+        have = matrices_of_chunk(x, exchange, counts)[position]
+        none = jnp.zeros((0, *exchange.panel_shape(position)), x.dtype)
+        stack = have[0] if have else none
         missing = plan.most(e, position) - len(stack)
         panels.append(jnp.pad(stack, [(0, missing), (0, 0), (0, 0)]))
     return panels
@@ -339,8 +332,9 @@ def _step(
             panels.append(x)
             partials.append(to_add)
         else:
+            # It has none: zeros, of what the others make of theirs.
             like, to_add = jax.eval_shape(function, x, total)
-            panels.append(x.astype(like.dtype))
+            panels.append(jnp.zeros(like.shape, like.dtype))
             partials.append(
                 None if to_add is None else jnp.zeros(to_add.shape, to_add.dtype)
             )

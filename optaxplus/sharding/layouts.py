@@ -1,6 +1,7 @@
 """How the matrices of a parameter lie on a mesh: pieces, copies, and other matrices."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ __all__ = [
     "Block",
     "Dim",
     "Layout",
-    "guessed_spec",
+    "guessed_specs",
     "lay_out",
     "layout_counts",
     "mesh_size",
@@ -63,6 +64,11 @@ class Layout:
             for side in (self.rows, self.columns)
         )
         return rows, columns
+
+    def long_side(self, mesh: Mapping[str, int]) -> int:
+        """0 if the whole matrix has more rows than columns, else 1."""
+        rows, columns = self.shape(mesh)
+        return 0 if rows > columns else 1
 
 
 @dataclass(frozen=True)
@@ -117,19 +123,51 @@ def lay_out(
     return blocks
 
 
-def guessed_spec(
-    shape: tuple[int, ...], axes: MatrixAxes, mesh: dict[str, int]
-) -> PartitionSpec:
-    """How a parameter probably lies where nothing tells.
+def guessed_specs(
+    shapes: Sequence[tuple[int, ...]],
+    axes: Sequence[MatrixAxes],
+    mesh: dict[str, int],
+) -> list[PartitionSpec]:
+    """How parameters probably lie where nothing tells.
 
     Mesh axes are taken to be in the usual order, from data to tensor parallelism, and
-    the shorter side of a matrix to be the width of the network: it has the first axis,
-    the longer side the next one, each its first dimension that divides.
+    the size that most sides of matrices have to be the width of the network. The side
+    of that size, else the shorter one, has the first axis, the other side the next one,
+    each its first dimension that divides.
+
+    Args:
+      shapes: Of the parameters.
+      axes: Their matrix axes, non-negative.
+      mesh: Sizes of the mesh axes, in their order.
     """
-    sides = sorted(
-        (axes.fan_in, axes.fan_out),
-        key=lambda side: math.prod(shape[axis] for axis in side),
-    )
+    sizes = [
+        [math.prod(shape[axis] for axis in side) for side in (a.fan_in, a.fan_out)]
+        for shape, a in zip(shapes, axes, strict=True)
+    ]
+    sides: Counter[int] = Counter()
+    for shape, (rows, columns) in zip(shapes, sizes, strict=True):
+        count = math.prod(shape) // max(1, rows * columns)
+        sides.update({rows: count})
+        sides.update({columns: count})
+    width = max(sides, key=lambda size: (sides[size], -size), default=0)
+
+    def rank(side: tuple[int, ...], size: int) -> tuple[bool, int, int]:
+        # Of two sides of the same size the one with fewer axes: heads have two.
+        return size != width, len(side), size
+
+    specs = []
+    for shape, a, (rows, columns) in zip(shapes, axes, sizes, strict=True):
+        order = [a.fan_in, a.fan_out]
+        if rank(a.fan_out, columns) < rank(a.fan_in, rows):
+            order.reverse()
+        specs.append(_guessed_spec(shape, order, mesh))
+    return specs
+
+
+def _guessed_spec(
+    shape: tuple[int, ...], sides: Sequence[tuple[int, ...]], mesh: dict[str, int]
+) -> PartitionSpec:
+    """The mesh axes in turn on one side and the other, where they divide."""
     entries: list[tuple[str, ...]] = [()] * len(shape)
     for turn, (name, size) in enumerate(mesh.items()):
         first, second = sides[turn % 2], sides[(turn + 1) % 2]

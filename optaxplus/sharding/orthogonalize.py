@@ -19,22 +19,17 @@ from optaxplus.numerics.newton_schulz import (
     multiplications,
     steps_of_panels,
 )
-from optaxplus.numerics.polar import polar_factors
+from optaxplus.numerics.polar import polar_factors, turned
+from optaxplus.sharding.alike import lying_as
 from optaxplus.sharding.exchange import exchanged
 from optaxplus.sharding.layouts import (
     Block,
-    guessed_spec,
+    guessed_specs,
     lay_out,
     layout_counts,
 )
 from optaxplus.sharding.placement import Where, device_memory
 from optaxplus.sharding.plan import Panels, Plan, Work, make_plan, panels_that_fit
-
-try:
-    from jax.experimental.shard_alike import shard_alike
-except ImportError:
-    # JAX 0.12 has no way to say that two arrays are to lie alike.
-    shard_alike = None
 
 __all__ = ["newton_schulz_work", "plan_for", "polar_factors_on_mesh"]
 
@@ -60,14 +55,22 @@ def newton_schulz_work(
 
     def sums(rows: int, columns: int, panels: int) -> float:
         # In a ring of the team.
-        return bytes_of_sums(iteration, rows, columns) * 2 * (panels - 1) / panels
+        short, long = sorted((rows, columns))
+        return bytes_of_sums(iteration, short, long) * 2 * (panels - 1) / panels
 
     def function(matrices: list[jax.Array]) -> list[jax.Array]:
         return [y.astype(dtype) for y in polar_factors(matrices, iteration)]
 
     def steps(rows: int, columns: int) -> list[Step]:
-        *others, last = steps_of_panels(iteration, rows, columns)
-        return [*others, lambda x, total: (last(x, total)[0].astype(dtype), None)]
+        short, long = sorted((rows, columns))
+        first, *others, last = steps_of_panels(iteration, short, long)
+        # Panels are wide for the iteration, whatever they are for the others.
+        wide = turned if rows > columns else lambda x: x
+        return [
+            lambda x, total: first(wide(x), total),
+            *others,
+            lambda x, total: (wide(last(x, total)[0].astype(dtype)), None),
+        ]
 
     return Work(flops, memory, dtype, function, Panels(sums, steps))
 
@@ -103,13 +106,10 @@ def polar_factors_on_mesh(
     narrow = [lax.optimization_barrier(x.astype(work.dtype)) for x in leaves]
     specs = where.specs
     given = jax.tree.leaves(params) if specs is None else []
-    narrow = _lying_as(narrow, given)
+    narrow = _as_given(narrow, given)
     if specs is None:
         # The compiler brings them to where they are guessed to be, and back.
-        specs = tuple(
-            guessed_spec(x.shape, a, where.sizes)
-            for x, a in zip(leaves, axes, strict=True)
-        )
+        specs = tuple(guessed_specs([x.shape for x in leaves], axes, where.sizes))
     plan, blocks = plan_for(
         function, trees.leaves_with_paths(tree), axes, specs, where, work
     )
@@ -123,20 +123,20 @@ def polar_factors_on_mesh(
         axis_names=set(where.axes),
         check_vma=False,
     )(*narrow)
-    results = _lying_as([lax.optimization_barrier(y) for y in results], given)
+    results = _as_given([lax.optimization_barrier(y) for y in results], given)
     return [y.astype(iteration.accumulator) for y in results]
 
 
-def _lying_as(arrays: list[jax.Array], given: Sequence[jax.Array]) -> list[jax.Array]:
+def _as_given(arrays: list[jax.Array], given: Sequence[jax.Array]) -> list[jax.Array]:
     """The arrays, which the compiler is to shard as it shards those that are given.
 
     Left to itself it would compute also what comes before and after where the guess
     says, and move that, in float32, instead.
     """
-    if not given or shard_alike is None:
+    if not given:
         return arrays
     return [
-        lax.optimization_barrier(shard_alike(x, like)[0])
+        lax.optimization_barrier(lying_as(x, like))
         for x, like in zip(arrays, given, strict=True)
     ]
 

@@ -17,6 +17,7 @@ __all__ = [
     "check_placement",
     "check_specs",
     "device_memory",
+    "explicit_axes",
     "left_to_compiler",
     "specs_of",
     "where",
@@ -179,12 +180,12 @@ def where(function: str, placement: Any, tree: PyTree) -> Where | None:
         _check_types(function, specs, types, tree)
         axes = placement.mesh.axis_names
         found = Where(placement.mesh, axes, tuple(specs), placement.comm_dtype)
-        return found if found.sizes or _of_type(found.mesh, AxisType.Explicit) else None
+        return found if found.sizes or explicit_axes(found.mesh) else None
     mesh = next((s.mesh for s in types if not s.mesh.empty), None)
     if mesh is None:
         return None
     # Inside a shard_map its axes are Manual: arrays are what the device has.
-    if axes := _of_type(mesh, AxisType.Explicit):
+    if axes := explicit_axes(mesh):
         # A type that was lost on the way, as optax.MultiSteps loses it, is no mesh.
         specs = [PartitionSpec() if s.mesh.empty else s.spec for s in types]
         return Where(mesh, axes, tuple(specs))
@@ -231,7 +232,8 @@ def specs_of(function: str, placement: Placement, tree: PyTree) -> list[Partitio
             raise ValueError(
                 f"{function}: parameter {path!r} of shape {leaf.shape} has no spec in "
                 f"placement.specs, which has {_some(list(given))}. The specs must have "
-                "the structure of the parameters."
+                "the structure of the parameters; None is no spec, and "
+                "PartitionSpec() that of a parameter that every device has whole."
             )
         _check_fit(function, path, leaf.shape, spec, placement.mesh.shape)
         specs.append(spec)
@@ -249,6 +251,11 @@ def device_memory(mesh: Mesh | AbstractMesh) -> float:
     return (stats or {}).get("bytes_limit", math.inf)
 
 
+def explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes of the mesh along which the types of arrays say how they lie."""
+    return _of_type(mesh, AxisType.Explicit)
+
+
 def left_to_compiler(function: Callable[..., Any], *arrays: jax.Array) -> Any:
     """Calls `function`, whose results are sharded as its arguments are.
 
@@ -256,9 +263,7 @@ def left_to_compiler(function: Callable[..., Any], *arrays: jax.Array) -> Any:
     this function the compiler decides.
     """
     shardings = tuple(jax.typeof(x).sharding for x in arrays)
-    if not any(
-        not s.mesh.empty and _of_type(s.mesh, AxisType.Explicit) for s in shardings
-    ):
+    if not any(not s.mesh.empty and explicit_axes(s.mesh) for s in shardings):
         return function(*arrays)
     return jax.sharding.auto_axes(function, out_sharding=shardings)(*arrays)
 
@@ -308,7 +313,7 @@ def _check_types(
     for (path, leaf), spec, sharding in zip(
         trees.leaves_with_paths(tree), specs, types, strict=True
     ):
-        if sharding.mesh.empty or not _of_type(sharding.mesh, AxisType.Explicit):
+        if sharding.mesh.empty or not explicit_axes(sharding.mesh):
             continue
         if _padded(spec, leaf.ndim) != _padded(sharding.spec, leaf.ndim):
             raise ValueError(

@@ -11,14 +11,15 @@ all-gather repeats them.
 
 Owners are chosen as in longest-processing-time-first scheduling: the costliest matrix
 first, each to the device that has least to do. Where there are fewer matrices than
-devices, a matrix can be cut into panels of columns for a team of neighbours, which add
-up their Gram matrices; it is worth its bytes for large matrices alone.
+devices, a matrix can be cut along its long side into panels for a team of neighbours,
+which add up their Gram matrices; it is worth its bytes for large matrices alone.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,21 +36,24 @@ _SECONDS_OF_COLLECTIVE = 1e-5
 # Columns that a TPU moves together.
 _LANES = 128
 
-# A matrix is cut in two again only if the step gains this share of its time.
+# Cuts are tried one layout at a time, the best first, and kept only if the step gains
+# this share of its time: what two cuts would gain together alone is not found.
 _WORTH_CUTTING = 0.1
 
 
 @dataclass(frozen=True)
 class Panels:
-    """How the work is done where a matrix is cut into panels of columns.
+    """How the work is done where a matrix is cut into panels along its long side.
 
     Attributes:
       sums: (rows, columns, number of panels) -> bytes that each member of the team
         sends to add up what the panels need from each other.
       steps: (rows, columns) of the whole matrix -> functions that do the work on
-        panels, one after the other: each maps panels (count, rows, width) and the sum
-        over the team of what the one before wanted summed (None for the first) to
-        panels and what is to be summed (None from the last).
+        panels, one after the other: each maps panels and the sum over the team of what
+        the one before wanted summed (None for the first) to panels and what is to be
+        summed (None from the last). The first gets, and the last gives, panels (count,
+        rows, part of the columns), of matrices with more rows than columns (count, part
+        of the rows, columns).
     """
 
     sums: Callable[[int, int, int], float]
@@ -83,7 +87,8 @@ class Exchange:
     """Matrices whose pieces lie along the same mesh axes, and who owns them.
 
     Attributes:
-      axes: The mesh axes of the all-to-all, in the order of the mesh.
+      mesh: Sizes of the mesh axes, in their order.
+      axes: The mesh axes of the all-to-all, in that order.
       copies: The mesh axes along which the pieces are repeated.
       batch: The mesh axes along which other matrices lie.
       layouts: The layouts.
@@ -93,6 +98,7 @@ class Exchange:
         panels, of each layout each of them computes.
     """
 
+    mesh: dict[str, int]
     axes: tuple[str, ...]
     copies: tuple[str, ...]
     batch: tuple[str, ...]
@@ -101,15 +107,30 @@ class Exchange:
     panels: tuple[int, ...]
     owned: np.ndarray
 
-    @property
+    def cut_side(self, position: int) -> int:
+        """0 if matrices of a layout are cut into panels of rows, 1 if of columns."""
+        return self.layouts[position].long_side(self.mesh)
+
+    def panel_shape(self, position: int) -> tuple[int, int]:
+        """Shape of a panel of a matrix of a layout; of the matrix if it is not cut."""
+        return self._panel(position, self.layouts[position].shape(self.mesh))
+
+    @cached_property
     def pieces(self) -> list[tuple[int, int]]:
         """Shape of one device's piece of a panel of each layout."""
         return [
-            (layout.piece[0], layout.piece[1] // panels)
-            for layout, panels in zip(self.layouts, self.panels, strict=True)
+            self._panel(position, layout.piece)
+            for position, layout in enumerate(self.layouts)
         ]
 
-    @property
+    def _panel(self, position: int, shape: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = shape
+        panels = self.panels[position]
+        if self.cut_side(position) == 0:
+            return rows // panels, columns
+        return rows, columns // panels
+
+    @cached_property
     def width(self) -> int:
         """Columns of what is sent; wider pieces are cut, narrower ones padded."""
         # TPUs keep columns in lanes of 128: narrower arrays take as much memory, and
@@ -126,7 +147,7 @@ class Exchange:
         """Rows that a piece of a panel of each layout takes, if they are so wide."""
         return [rows * -(-columns // width) for rows, columns in self.pieces]
 
-    @property
+    @cached_property
     def chunk(self) -> int:
         """Rows that every device sends to every owner, padding included."""
         return self._chunk(self.width)
@@ -184,10 +205,7 @@ class Plan:
     def teams(self, e: int, position: int) -> list[list[int]]:
         """The devices that may have panels of one matrix, for all of the mesh."""
         exchange = self.exchanges[e]
-        names = list(self.mesh)
-        order = [
-            names.index(a) for a in exchange.batch + exchange.copies + exchange.axes
-        ]
+        order = _Roles(exchange.batch, exchange.copies, exchange.axes).order(self.mesh)
         devices = np.arange(len(self.kind_of)).reshape(tuple(self.mesh.values()))
         return devices.transpose(order).reshape(-1, exchange.panels[position]).tolist()
 
@@ -229,7 +247,7 @@ def make_plan(
             for layout, count in counts.items()
             if (trial := {**cuts, layout: 2 * cuts[layout]})
             and _can_be_cut(layout, trial[layout], mesh)
-            and count * trial[layout] <= mesh_size(mesh, layout.axes)
+            and count * trial[layout] <= mesh_size(mesh, set(mesh) - set(layout.batch))
         ]
         if not trials:
             break
@@ -258,13 +276,11 @@ def _divisors(number: int) -> list[int]:
 
 
 def _can_be_cut(layout: Layout, panels: int, mesh: Mapping[str, int]) -> bool:
-    """Whether the columns, and the devices that have pieces, divide by `panels`."""
-    rows, columns = layout.shape(mesh)
+    """Whether the long side, and the devices that have pieces, divide by `panels`."""
     return (
         not layout.splits
-        and rows <= columns
         and mesh_size(mesh, layout.axes) % panels == 0
-        and layout.piece[1] % panels == 0
+        and layout.piece[layout.long_side(mesh)] % panels == 0
     )
 
 
@@ -280,17 +296,17 @@ def _plan(
         layout: work.flops(*layout.shape(sizes), cuts[layout]) for layout in counts
     }
     loads = np.zeros(tuple(sizes.values()))
-    exchanges = _exchanges(counts, sizes, cuts)
     # Panels first: a team has to be free as a whole.
-    order = sorted(
-        ((e, position) for e in exchanges for position in range(len(e.layouts))),
-        key=lambda key: (key[0].panels[key[1]], costs[key[0].layouts[key[1]]]),
-        reverse=True,
-    )
-    for exchange, position in order:
-        _assign(exchange, position, costs[exchange.layouts[position]], loads, sizes)
-    owned = [_per_device(exchange, sizes) for exchange in exchanges]
-    devices = list(zip(*map(_as_tuples, owned), strict=True))
+    order = sorted(counts, key=lambda x: (cuts[x], costs[x]), reverse=True)
+    owned = {
+        layout: _shared_out(
+            layout, counts[layout], cuts[layout], costs[layout], loads, sizes
+        )
+        for layout in order
+    }
+    exchanges = _exchanges(counts, cuts, owned, sizes)
+    per_device = [_per_device(exchange) for exchange in exchanges]
+    devices = list(zip(*map(_as_tuples, per_device), strict=True))
     kinds = tuple(dict.fromkeys(devices))
     uncut = sum(
         count * work.flops(*layout.shape(sizes), 1) * mesh_size(sizes, layout.batch)
@@ -303,8 +319,8 @@ def _plan(
         kind_of=np.array([kinds.index(row) for row in devices], np.int32),
         flops=float(loads.max(initial=0.0)),
         mean_flops=uncut / loads.size,
-        bytes=sum(_bytes(e, sizes, work) for e in exchanges),
-        least_bytes=sum(_least_bytes(e, sizes, work) for e in exchanges),
+        bytes=sum(_bytes(exchange, work) for exchange in exchanges),
+        least_bytes=sum(_least_bytes(exchange, work) for exchange in exchanges),
         sums=sum(
             len(work.panels.steps(*layout.shape(sizes))) - 1
             for layout, panels in cuts.items()
@@ -313,76 +329,109 @@ def _plan(
     )
 
 
-def _exchanges(
-    counts: Mapping[Layout, int], mesh: dict[str, int], cuts: Mapping[Layout, int]
-) -> list[Exchange]:
-    """The exchanges, with nothing assigned."""
-    together: dict[tuple[frozenset[str], frozenset[str]], list[Layout]] = {}
-    for layout in counts:
-        key = (layout.axes, frozenset(layout.batch))
-        together.setdefault(key, []).append(layout)
-    exchanges = []
-    for (pieces, batch), layouts in together.items():
-        axes = tuple(axis for axis in mesh if axis in pieces)
-        copies = tuple(axis for axis in mesh if axis not in pieces | batch)
-        exchanges.append(
-            Exchange(
-                axes=axes,
-                copies=copies,
-                batch=tuple(axis for axis in mesh if axis in batch),
-                layouts=tuple(layouts),
-                counts=tuple(counts[layout] for layout in layouts),
-                panels=tuple(cuts[layout] for layout in layouts),
-                owned=np.zeros(
-                    (mesh_size(mesh, copies), mesh_size(mesh, axes), len(layouts)), int
-                ),
-            )
-        )
-    return exchanges
+class _Roles(NamedTuple):
+    """What the mesh axes are to a layout, each in the order of the mesh."""
+
+    batch: tuple[str, ...]
+    copies: tuple[str, ...]
+    axes: tuple[str, ...]
+
+    def order(self, mesh: Mapping[str, int]) -> list[int]:
+        """The axes of an array of all devices, as batch, copies and pieces."""
+        names = list(mesh)
+        return [names.index(axis) for axis in (*self.batch, *self.copies, *self.axes)]
 
 
-def _assign(
-    exchange: Exchange,
-    position: int,
+def _roles(layout: Layout, mesh: Mapping[str, int]) -> _Roles:
+    pieces, batch = layout.axes, set(layout.batch)
+    return _Roles(
+        batch=tuple(axis for axis in mesh if axis in batch),
+        copies=tuple(axis for axis in mesh if axis not in pieces | batch),
+        axes=tuple(axis for axis in mesh if axis in pieces),
+    )
+
+
+def _shared_out(
+    layout: Layout,
+    count: int,
+    panels: int,
     cost: float,
     loads: np.ndarray,
-    mesh: dict[str, int],
-) -> None:
-    """Gives every matrix of one layout to those who have least to do."""
-    names = list(mesh)
-    order = [names.index(a) for a in exchange.batch + exchange.copies + exchange.axes]
-    panels = exchange.panels[position]
-    by_owner = loads.transpose(order).reshape(-1, *exchange.owned.shape[:2])
+    mesh: Mapping[str, int],
+) -> np.ndarray:
+    """Gives every matrix of one layout to those who have least to do.
+
+    Args:
+      layout: Of the matrices.
+      count: How many of them a device has a piece of.
+      panels: Into how many panels each is cut.
+      cost: What a panel costs.
+      loads: Shape of the mesh: what each device has to do; it is added to.
+      mesh: Sizes of the mesh axes.
+
+    Returns:
+      Shape (copies, devices of the all-to-all): how many each of them has.
+    """
+    roles = _roles(layout, mesh)
+    order = roles.order(mesh)
+    shape = mesh_size(mesh, roles.copies), mesh_size(mesh, roles.axes)
+    by_owner = loads.transpose(order).reshape(-1, *shape)
     teams = by_owner.max(axis=0).reshape(-1, panels).max(axis=1)
     owned = np.zeros(len(teams), int)
-    for _ in range(exchange.counts[position]):
+    for _ in range(count):
         team = int(teams.argmin())
         teams[team] += cost
         owned[team] += 1
-    members = np.repeat(owned, panels).reshape(exchange.owned.shape[:2])
-    exchange.owned[:, :, position] = members
+    members = np.repeat(owned, panels).reshape(shape)
     moved = by_owner + cost * members
     sizes = [loads.shape[axis] for axis in order]
     loads[...] = moved.reshape(sizes).transpose(np.argsort(order))
+    return members
 
 
-def _per_device(exchange: Exchange, mesh: dict[str, int]) -> np.ndarray:
+def _exchanges(
+    counts: Mapping[Layout, int],
+    cuts: Mapping[Layout, int],
+    owned: Mapping[Layout, np.ndarray],
+    mesh: dict[str, int],
+) -> list[Exchange]:
+    """One for all layouts to which the mesh axes are the same."""
+    together: dict[_Roles, list[Layout]] = {}
+    for layout in counts:
+        together.setdefault(_roles(layout, mesh), []).append(layout)
+    return [
+        Exchange(
+            mesh=mesh,
+            axes=roles.axes,
+            copies=roles.copies,
+            batch=roles.batch,
+            layouts=tuple(layouts),
+            counts=tuple(counts[layout] for layout in layouts),
+            panels=tuple(cuts[layout] for layout in layouts),
+            owned=np.stack([owned[layout] for layout in layouts], axis=2),
+        )
+        for roles, layouts in together.items()
+    ]
+
+
+def _per_device(exchange: Exchange) -> np.ndarray:
     """Shape (devices, layouts): what each device of the mesh owns."""
-    names = list(mesh)
-    order = exchange.batch + exchange.copies + exchange.axes
+    mesh = exchange.mesh
+    order = _Roles(exchange.batch, exchange.copies, exchange.axes).order(mesh)
     copies, owners, layouts = exchange.owned.shape
     everywhere = np.broadcast_to(
         exchange.owned, (mesh_size(mesh, exchange.batch), copies, owners, layouts)
-    ).reshape(*(mesh[axis] for axis in order), layouts)
-    back = [order.index(name) for name in names] + [len(names)]
-    return everywhere.transpose(back).reshape(-1, layouts)
+    )
+    sizes = np.asarray(tuple(mesh.values()))[order]
+    back = [*np.argsort(order), len(order)]
+    return everywhere.reshape(*sizes, layouts).transpose(back).reshape(-1, layouts)
 
 
 def _as_tuples(rows: np.ndarray) -> list[tuple[int, ...]]:
     return [tuple(row) for row in rows.tolist()]
 
 
-def _bytes(exchange: Exchange, mesh: dict[str, int], work: Work) -> float:
+def _bytes(exchange: Exchange, work: Work) -> float:
     """What a device sends: there, back, to its copies, and sums over panels."""
     copies, owners, _ = exchange.owned.shape
     pieces = [math.prod(layout.piece) for layout in exchange.layouts]
@@ -394,11 +443,11 @@ def _bytes(exchange: Exchange, mesh: dict[str, int], work: Work) -> float:
         exchange.layouts, exchange.panels, busiest, strict=True
     ):
         if panels > 1 and work.panels is not None:
-            moved += count * work.panels.sums(*layout.shape(mesh), panels)
+            moved += count * work.panels.sums(*layout.shape(exchange.mesh), panels)
     return float(moved)
 
 
-def _least_bytes(exchange: Exchange, mesh: dict[str, int], work: Work) -> float:
+def _least_bytes(exchange: Exchange, work: Work) -> float:
     copies, owners, _ = exchange.owned.shape
     pieces = [math.prod(layout.piece) for layout in exchange.layouts]
     held = np.asarray(exchange.counts) @ np.asarray(pieces)

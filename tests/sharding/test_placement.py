@@ -94,6 +94,8 @@ def test_specs_that_do_not_fit_are_refused_at_init(name: str, mesh) -> None:
 
     with pytest.raises(ValueError, match=f"{name}.*'up/kernel'.*has no spec"):
         init({"down": P()})
+    with pytest.raises(ValueError, match=r"None is no spec, and PartitionSpec\(\)"):
+        init({"up": {"kernel": None}})
     with pytest.raises(ValueError, match=f"{name}.*12 does not divide by the 8"):
         init({"up": {"kernel": P("fsdp")}})
     with pytest.raises(ValueError, match=f"{name}.*which has 2 axes"):

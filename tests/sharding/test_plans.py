@@ -168,15 +168,26 @@ def test_nothing_to_place() -> None:
     assert str(made) == "1 device: nothing to move."
 
 
-def test_what_fits_no_device_is_cut_or_refused(monkeypatch) -> None:
+@pytest.mark.parametrize("spec", [P("fsdp"), P(None, "fsdp")])
+def test_what_fits_no_device_is_cut_or_refused(spec: P, monkeypatch) -> None:
     from optaxplus.sharding import orthogonalize
 
     params = {"up": {"kernel": jax.ShapeDtypeStruct((64, 512), "float32")}}
-    placement = ox.Placement(AbstractMesh((8,), ("fsdp",)), P("fsdp"))
+    placement = ox.Placement(AbstractMesh((8,), ("fsdp",)), spec)
     assert ox.plan_placement(params, placement).groups[0].panels == 1
     # 64 x 512 entries at 8 bytes, and three Gram matrices in float32: 311 kB.
     monkeypatch.setattr(orthogonalize, "device_memory", lambda mesh: 200e3)
     assert ox.plan_placement(params, placement).groups[0].panels == 2
     monkeypatch.setattr(orthogonalize, "device_memory", lambda mesh: 20e3)
-    with pytest.raises(ValueError, match=r"'up/kernel'.*\(64, 512\).*GB on one device"):
+    with pytest.raises(ValueError, match=r"'up/kernel'.*512.*GB on one device"):
         ox.plan_placement(params, placement)
+
+
+def test_of_a_mesh_of_both_types_the_types_are_read() -> None:
+    types = (AxisType.Explicit, AxisType.Auto)
+    mesh = AbstractMesh((4, 2), ("fsdp", "tensor"), axis_types=types)
+    sharding = jax.sharding.NamedSharding(mesh, P("fsdp"))
+    kernel = jax.ShapeDtypeStruct((16, 32), "float32", sharding=sharding)
+    made = ox.plan_placement({"up": {"kernel": kernel}})
+    assert made.mesh == {"fsdp": 4}
+    assert made.groups[0].pieces == ("fsdp",)

@@ -115,14 +115,15 @@ def test_a_guess_that_is_right_moves_nothing_more() -> None:
     assert kinds_of(cost) == {"all-to-all": 2}
 
 
-def test_panels_sum_their_gram_matrices_once_a_block(monkeypatch) -> None:
+@pytest.mark.parametrize("spec", [P("fsdp"), P(None, "fsdp")])
+def test_panels_sum_their_gram_matrices_once_a_block(spec: P, monkeypatch) -> None:
     from optaxplus.sharding import plan
 
     monkeypatch.setattr(plan, "_FLOPS_PER_SECOND", 1e6)
     mesh = mesh_of("placement", fsdp=8)
     grads = {
         "w": jax.ShapeDtypeStruct(
-            (64, 512), jnp.float32, sharding=NamedSharding(mesh, P("fsdp"))
+            (64, 512), jnp.float32, sharding=NamedSharding(mesh, spec)
         )
     }
     tx = ox.orthogonalize_via_newton_schulz(
