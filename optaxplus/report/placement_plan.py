@@ -1,5 +1,6 @@
 """Which device orthogonalizes what, and what that costs, before anything runs."""
 
+import inspect
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,13 +10,15 @@ import numpy as np
 
 from optaxplus.custom_types import PyTree
 from optaxplus.numerics.newton_schulz import newton_schulz
+from optaxplus.optimizers.muon import muon
 from optaxplus.partition.inference import decide
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
 from optaxplus.report.tables import format_bytes, format_table
 from optaxplus.sharding.layouts import mesh_size
 from optaxplus.sharding.orthogonalize import newton_schulz_work, plan_for
-from optaxplus.sharding.placement import Placement, Where, explicit_axes, specs_of
+from optaxplus.sharding.placement import Placement, Where, specs_of
 from optaxplus.sharding.plan import Plan
+from optaxplus.transforms.orthogonalized import orthogonalize_via_newton_schulz
 
 __all__ = ["PlacementGroup", "PlacementPlan", "plan_placement"]
 
@@ -146,11 +149,8 @@ def plan_placement(
       moved: 132.1 MB from every device, 1.33 of the least
     """
     name = "plan_placement"
-    axes: tuple[str, ...] = ()
     if placement is None:
         placement = Placement.like(params)
-        # Of a mesh with axes of both types the types are what is read.
-        axes = explicit_axes(placement.mesh)
     decisions = decide(name, params, rules)
     specs = specs_of(name, placement, params)
     hidden = [
@@ -158,19 +158,17 @@ def plan_placement(
         for decision, spec in zip(decisions, specs, strict=True)
         if decision.role == "hidden"
     ]
-    located = Where(placement.mesh, axes or placement.mesh.axis_names, None)
+    located = Where(placement.mesh, placement.mesh.axis_names, None)
     mesh = located.sizes
     if not mesh or not hidden:
         return PlacementPlan(mesh, (), 1, 0.0, 0.0, 0.0, 0.0)
-    iteration = newton_schulz(
-        name,
-        ns_steps=5,
-        ns_coeffs="gram_newton_schulz",
-        method="auto",
-        normalization="schatten",
-        compute_dtype="bfloat16",
-        eps=1e-7,
-    )
+    defaults = {
+        key: parameter.default
+        for function in (orthogonalize_via_newton_schulz, muon)
+        for key, parameter in inspect.signature(function).parameters.items()
+    }
+    _, *arguments = inspect.signature(newton_schulz).parameters
+    iteration = newton_schulz(name, **{key: defaults[key] for key in arguments})
     plan, _ = plan_for(
         name,
         [(decision.path, decision) for decision, _ in hidden],

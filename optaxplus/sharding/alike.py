@@ -1,7 +1,6 @@
 """Arrays that the compiler is to shard as it shards others, whatever it decides."""
 
 from collections.abc import Sequence
-from itertools import count
 from typing import Any
 
 import jax
@@ -25,7 +24,6 @@ def lying_as(x: jax.Array, like: jax.Array) -> jax.Array:
 
 # JAX has a way to say so of its own, jax.experimental.shard_alike, until 0.11.
 _lying_as = Primitive("lying_as")
-_groups = count()
 
 
 @_lying_as.def_impl
@@ -41,9 +39,9 @@ def _abstract_eval(x: Any, like: Any) -> Any:
 
 
 def _lower(ctx: Any, x: Any, like: Any) -> Sequence[Any]:
-    del ctx
     if getattr(jax.config, "jax_use_shardy_partitioner", True):
-        group = next(_groups)
+        # The next free number of this program, the same whenever it is lowered.
+        group = ctx.module_context.new_channel()
         sdy.sharding_group(x, group)
         sdy.sharding_group(like, group)
     return [x]
@@ -79,7 +77,8 @@ def _batch(args: Sequence[Any], dims: Sequence[int | None]) -> tuple[Any, int]:
     return _lying_as.bind(*moved), 0
 
 
-mlir.register_lowering(_lying_as, _lower)
+# Not cached: arrays of one shape would all be of the first one's group.
+mlir.register_lowering(_lying_as, _lower, cacheable=False)
 ad.primitive_jvps[_lying_as] = _jvp
 ad.primitive_transposes[_lying_as] = _transpose
 batching.primitive_batchers[_lying_as] = _batch

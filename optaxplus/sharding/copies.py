@@ -13,7 +13,7 @@ from jax import lax
 
 from optaxplus.numerics.polar import concatenated
 
-__all__ = ["all_shares", "share_of_copy"]
+__all__ = ["all_shares", "sent_for_all_shares", "share_of_copy"]
 
 # Bytes of one all-gather.
 _GATHERED = 2**28
@@ -52,18 +52,44 @@ def all_shares(
     # Without the barrier XLA gathers what `share` is converted to.
     share = lax.optimization_barrier(share)
     at_once = max(1, _GATHERED // (len(sizes) * share[0].nbytes))
-    parts = []
+    parts: list[jax.Array] = []
     for start in range(0, rounds, at_once):
-        some = share[start : min(start + at_once, rounds)]
-        if parts:
-            # One after the other, so that they need not all be there at once.
-            some, parts[-1] = lax.optimization_barrier((some, parts[-1]))
+        some = _after(parts, share[start : min(start + at_once, rounds)])
         some = lax.all_gather(some, copies, axis=1)
         parts.append(some.reshape(-1, *share.shape[1:]))
-    if len(share) > rounds:
-        rest = lax.all_gather(share[rounds:], copies, axis=0)
-        parts += [rest[copy, turn - rounds][None] for turn, copy in _last_rounds(sizes)]
+    for turn in range(rounds, len(share)):
+        owners = np.flatnonzero(sizes > turn)
+        some = _after(parts, share[turn])
+        if _are_few(owners, sizes):
+            mine = jnp.asarray(owners) == lax.axis_index(copies)
+            zeros = jnp.zeros_like(some)
+            some = jnp.where(mine[:, None, None], some, zeros)
+            parts.append(lax.psum(some, copies))
+        else:
+            parts.append(lax.all_gather(some, copies)[owners])
     return jnp.concatenate(parts)
+
+
+def sent_for_all_shares(sizes: np.ndarray) -> float:
+    """How many matrices a copy sends in `all_shares`, in rings."""
+    sent = float(sizes.min()) * (len(sizes) - 1)
+    for turn in range(sizes.min(), sizes.max()):
+        owners = np.flatnonzero(sizes > turn)
+        moved = 2 * len(owners) if _are_few(owners, sizes) else len(sizes)
+        sent += moved * (len(sizes) - 1) / len(sizes)
+    return sent
+
+
+def _are_few(owners: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether a sum of what they have and zeros is less to send than what all have."""
+    return 2 * len(owners) < len(sizes)
+
+
+def _after(parts: list[jax.Array], x: jax.Array) -> jax.Array:
+    """x, once the last of the parts is there, so that not all are made at once."""
+    if parts:
+        x, parts[-1] = lax.optimization_barrier((x, parts[-1]))
+    return x
 
 
 def _cut(

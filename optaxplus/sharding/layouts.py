@@ -101,7 +101,7 @@ def lay_out(
       mesh: Sizes of the mesh axes, in their order.
     """
     axes = resolve_axes(axes, shape)
-    dims = local_dims(shape, spec, mesh)
+    dims = _local_dims(shape, spec, mesh)
     sides = axes.fan_in + axes.fan_out
     batch = [dims[axis] for axis in range(len(shape)) if axis not in sides]
     count = math.prod(dim.local for dim in batch)
@@ -133,7 +133,8 @@ def guessed_specs(
     Mesh axes are taken to be in the usual order, from data to tensor parallelism, and
     the size that most sides of matrices have to be the width of the network. The side
     of that size, else the shorter one, has the first axis, the other side the next one,
-    each its first dimension that divides.
+    each its first dimension that divides; if none does, the axis goes to the other
+    side. Batch axes are taken for whole.
 
     Args:
       shapes: Of the parameters.
@@ -153,7 +154,7 @@ def guessed_specs(
 
     def rank(side: tuple[int, ...], size: int) -> tuple[bool, int, int]:
         # Of two sides of the same size the one with fewer axes: heads have two.
-        return size != width, len(side), size
+        return size != width, size, len(side)
 
     specs = []
     for shape, a, (rows, columns) in zip(shapes, axes, sizes, strict=True):
@@ -179,7 +180,7 @@ def _guessed_spec(
     return PartitionSpec(*(entry or None for entry in entries))
 
 
-def local_dims(
+def _local_dims(
     shape: tuple[int, ...], spec: PartitionSpec, mesh: dict[str, int]
 ) -> list[Dim]:
     """The axes of a parameter as a device has them."""

@@ -151,11 +151,13 @@ def plan_for(
 ) -> tuple[Plan, list[list[Block]]]:
     """Who computes what, and how the matrices of each of the (path, array) lie."""
     capacity, mesh = device_memory(where.mesh), where.sizes
-    blocks = []
+    blocks, fewest_panels = [], {}
     for (path, leaf), leaf_axes, spec in zip(leaves, axes, specs, strict=True):
         blocks.append(lay_out(leaf.shape, leaf_axes, spec, mesh))
         for block in blocks[-1]:
-            if panels_that_fit(block.layout, mesh, work, capacity):
+            panels = panels_that_fit(block.layout, mesh, work, capacity)
+            if panels is not None:
+                fewest_panels[block.layout] = panels
                 continue
             rows, columns = block.layout.shape(mesh)
             needed = work.memory(rows, columns, 1)
@@ -167,4 +169,4 @@ def plan_for(
                 "fit. Give it to another optimizer, or name smaller matrices by `axes`."
             )
     counts = layout_counts(list(chain(*blocks)))
-    return make_plan(counts, mesh, work, capacity), blocks
+    return make_plan(counts, mesh, work, fewest_panels), blocks

@@ -171,7 +171,7 @@ def where(function: str, placement: Any, tree: PyTree) -> Where | None:
     leaves = [leaf for _, leaf in trees.leaves_with_paths(tree)]
     types = [jax.typeof(leaf).sharding for leaf in leaves]
     if isinstance(placement, Placement):
-        if any(not s.mesh.empty and _of_type(s.mesh, AxisType.Manual) for s in types):
+        if any(_axes_of_type(s.mesh, AxisType.Manual) for s in types):
             raise ValueError(
                 f"{function}: a Placement is not allowed inside jax.shard_map, where "
                 "arrays are what one device has; pass placement='auto' or None."
@@ -185,11 +185,14 @@ def where(function: str, placement: Any, tree: PyTree) -> Where | None:
     if mesh is None:
         return None
     # Inside a shard_map its axes are Manual: arrays are what the device has.
-    if axes := explicit_axes(mesh):
+    manual = _axes_of_type(mesh, AxisType.Manual)
+    axes = tuple(name for name in mesh.axis_names if name not in manual)
+    if explicit_axes(mesh):
         # A type that was lost on the way, as optax.MultiSteps loses it, is no mesh.
+        # Along axes that are Auto everything is repeated, as the types do not say.
         specs = [PartitionSpec() if s.mesh.empty else s.spec for s in types]
         return Where(mesh, axes, tuple(specs))
-    found = Where(mesh, _of_type(mesh, AxisType.Auto), None)
+    found = Where(mesh, axes, None)
     return found if found.sizes else None
 
 
@@ -241,19 +244,24 @@ def specs_of(function: str, placement: Placement, tree: PyTree) -> list[Partitio
 
 
 def device_memory(mesh: Mesh | AbstractMesh) -> float:
-    """Bytes of memory of a device of the mesh; infinity if it does not say."""
+    """Bytes of memory of a device of the mesh, in whole GB; infinity if it is unknown.
+
+    The devices of a mesh are of one kind, so those of this process speak for all, and
+    what differs between processes by less is rounded off: all must plan alike.
+    """
     # The mesh of a type is abstract; its devices are of the kind that runs the program.
     here = jax.local_devices()
     if isinstance(mesh, Mesh):
         # Those of a compiler's topology are none.
         here = [device for device in mesh.devices.flat if device in here]
     stats = here[0].memory_stats() if here else None
-    return (stats or {}).get("bytes_limit", math.inf)
+    limit = (stats or {}).get("bytes_limit")
+    return math.inf if limit is None else limit // 10**9 * 1e9
 
 
 def explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes of the mesh along which the types of arrays say how they lie."""
-    return _of_type(mesh, AxisType.Explicit)
+    return _axes_of_type(mesh, AxisType.Explicit)
 
 
 def left_to_compiler(function: Callable[..., Any], *arrays: jax.Array) -> Any:
@@ -263,7 +271,7 @@ def left_to_compiler(function: Callable[..., Any], *arrays: jax.Array) -> Any:
     this function the compiler decides.
     """
     shardings = tuple(jax.typeof(x).sharding for x in arrays)
-    if not any(not s.mesh.empty and explicit_axes(s.mesh) for s in shardings):
+    if not any(explicit_axes(s.mesh) for s in shardings):
         return function(*arrays)
     return jax.sharding.auto_axes(function, out_sharding=shardings)(*arrays)
 
@@ -313,9 +321,11 @@ def _check_types(
     for (path, leaf), spec, sharding in zip(
         trees.leaves_with_paths(tree), specs, types, strict=True
     ):
-        if sharding.mesh.empty or not explicit_axes(sharding.mesh):
-            continue
-        if _padded(spec, leaf.ndim) != _padded(sharding.spec, leaf.ndim):
+        # Of a mesh with axes of both types, the types say nothing of the Auto ones.
+        told = explicit_axes(sharding.mesh)
+        if told and _along(told, spec, leaf.ndim) != _along(
+            told, sharding.spec, leaf.ndim
+        ):
             raise ValueError(
                 f"{function}: placement.specs[{path!r}]={spec} is not allowed; the "
                 f"parameter lies as {sharding.spec} says. Under an explicit mesh leave "
@@ -323,9 +333,13 @@ def _check_types(
             )
 
 
-def _padded(spec: PartitionSpec, rank: int) -> tuple[tuple[str, ...], ...]:
+def _along(
+    axes: tuple[str, ...], spec: PartitionSpec, rank: int
+) -> tuple[tuple[str, ...], ...]:
+    """Which of these mesh axes shard each axis of an array."""
     entries = (*spec, *[None] * (rank - len(spec)))
-    return tuple(_names(PartitionSpec(entry)) for entry in entries)
+    names = (_names(PartitionSpec(entry)) for entry in entries)
+    return tuple(tuple(name for name in some if name in axes) for some in names)
 
 
 def _names(spec: PartitionSpec) -> tuple[str, ...]:
@@ -337,7 +351,7 @@ def _names(spec: PartitionSpec) -> tuple[str, ...]:
     )
 
 
-def _of_type(mesh: Mesh | AbstractMesh, kind: AxisType) -> tuple[str, ...]:
+def _axes_of_type(mesh: Mesh | AbstractMesh, kind: AxisType) -> tuple[str, ...]:
     """The mesh axes of one type."""
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, axis_type in types if axis_type == kind)

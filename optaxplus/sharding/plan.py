@@ -12,17 +12,20 @@ all-gather repeats them.
 Owners are chosen as in longest-processing-time-first scheduling: the costliest matrix
 first, each to the device that has least to do. Where there are fewer matrices than
 devices, a matrix can be cut along its long side into panels for a team of neighbours,
-which add up their Gram matrices; it is worth its bytes for large matrices alone.
+which add up their Gram matrices; it is worth its bytes for large matrices alone. The
+team is of devices that have pieces of it: what every device has whole is not cut.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from optaxplus.sharding.copies import sent_for_all_shares
 from optaxplus.sharding.layouts import Layout, mesh_size
 
 __all__ = ["Exchange", "Panels", "Plan", "Work", "make_plan", "panels_that_fit"]
@@ -36,8 +39,7 @@ _SECONDS_OF_COLLECTIVE = 1e-5
 # Columns that a TPU moves together.
 _LANES = 128
 
-# Cuts are tried one layout at a time, the best first, and kept only if the step gains
-# this share of its time: what two cuts would gain together alone is not found.
+# Matrices are cut into more panels only if the step gains this share of its time.
 _WORTH_CUTTING = 0.1
 
 
@@ -223,7 +225,7 @@ def make_plan(
     counts: Mapping[Layout, int],
     mesh: Mapping[str, int],
     work: Work,
-    capacity: float = math.inf,
+    fewest_panels: Mapping[Layout, int] = MappingProxyType({}),
 ) -> Plan:
     """Shares out matrices over a mesh.
 
@@ -231,23 +233,18 @@ def make_plan(
       counts: How many matrices of each layout a device has a piece of.
       mesh: Sizes of the mesh axes, in their order.
       work: What is done to them.
-      capacity: Bytes of memory of a device; every layout has to fit, see
-        `panels_that_fit`.
+      fewest_panels: Into how many panels matrices have to be cut, see
+        `panels_that_fit`; those that are not named need not be.
 
     Returns:
       The plan that takes the least time by the model of this module.
     """
-    cuts = {
-        layout: panels_that_fit(layout, mesh, work, capacity) or 1 for layout in counts
-    }
+    cuts = {layout: fewest_panels.get(layout, 1) for layout in counts}
     best = _plan(counts, mesh, work, cuts)
     while work.panels is not None:
         trials = [
             (_plan(counts, mesh, work, trial), trial)
-            for layout, count in counts.items()
-            if (trial := {**cuts, layout: 2 * cuts[layout]})
-            and _can_be_cut(layout, trial[layout], mesh)
-            and count * trial[layout] <= mesh_size(mesh, set(mesh) - set(layout.batch))
+            for trial in _finer(cuts, counts, mesh)
         ]
         if not trials:
             break
@@ -263,25 +260,47 @@ def panels_that_fit(
 ) -> int | None:
     """The fewest panels that fit into the memory of a device; None if none do."""
     shape = layout.shape(mesh)
-    panels = 1
-    while work.memory(*shape, panels) > capacity:
-        panels *= 2
-        if work.panels is None or not _can_be_cut(layout, panels, mesh):
-            return None
-    return panels
+    numbers = [1] if work.panels is None else _panel_numbers(layout, mesh)
+    return next((n for n in numbers if work.memory(*shape, n) <= capacity), None)
+
+
+def _panel_numbers(layout: Layout, mesh: Mapping[str, int]) -> list[int]:
+    """All that divide the long side, and the devices that have pieces."""
+    if layout.splits:
+        return [1]
+    side = layout.piece[layout.long_side(mesh)]
+    return [n for n in _divisors(mesh_size(mesh, layout.axes)) if side % n == 0]
+
+
+def _finer(
+    cuts: dict[Layout, int], counts: Mapping[Layout, int], mesh: Mapping[str, int]
+) -> Iterator[dict[Layout, int]]:
+    """Cuts with more panels of one layout, or of all with matrices of one shape.
+
+    Those of one shape alone make a step no shorter than the others of that shape do.
+    """
+    numbers = {
+        layout: {
+            panels
+            for panels in _panel_numbers(layout, mesh)
+            if counts[layout] * panels <= mesh_size(mesh, set(mesh) - {*layout.batch})
+        }
+        for layout in counts
+    }
+    by_shape: dict[tuple[int, ...], list[Layout]] = {}
+    for layout in counts:
+        shape = layout.shape(mesh)
+        by_shape.setdefault((min(shape), max(shape)), []).append(layout)
+    groups = [[layout] for layout in counts]
+    groups += [layouts for layouts in by_shape.values() if len(layouts) > 1]
+    for layouts in groups:
+        for panels in sorted(set.intersection(*(numbers[x] for x in layouts))):
+            if all(panels > cuts[layout] for layout in layouts):
+                yield cuts | {layout: panels for layout in layouts}
 
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _can_be_cut(layout: Layout, panels: int, mesh: Mapping[str, int]) -> bool:
-    """Whether the long side, and the devices that have pieces, divide by `panels`."""
-    return (
-        not layout.splits
-        and mesh_size(mesh, layout.axes) % panels == 0
-        and layout.piece[layout.long_side(mesh)] % panels == 0
-    )
 
 
 def _plan(
@@ -433,11 +452,11 @@ def _as_tuples(rows: np.ndarray) -> list[tuple[int, ...]]:
 
 def _bytes(exchange: Exchange, work: Work) -> float:
     """What a device sends: there, back, to its copies, and sums over panels."""
-    copies, owners, _ = exchange.owned.shape
+    owners = exchange.owned.shape[1]
     pieces = [math.prod(layout.piece) for layout in exchange.layouts]
     there = exchange.chunk * exchange.width * (owners - 1)
-    share = exchange.shares.max(axis=0) @ np.asarray(pieces)
-    moved = (2 * there + share * (copies - 1)) * work.dtype.itemsize
+    gathered = [sent_for_all_shares(sizes) for sizes in exchange.shares.T]
+    moved = (2 * there + np.asarray(gathered) @ pieces) * work.dtype.itemsize
     busiest = exchange.owned.reshape(-1, len(pieces)).max(axis=0)
     for layout, panels, count in zip(
         exchange.layouts, exchange.panels, busiest, strict=True

@@ -28,7 +28,8 @@ def state_sharding(
     of it, and counters, and what has nothing of a parameter's shape, on every device.
     The shardings are read from the types that `tx.init` gives its results when every
     axis of the mesh is Explicit, so any transformation will do, and nothing is
-    allocated.
+    allocated. State of other shapes than the parameters', as the history of
+    `optax.lbfgs`, comes out whole on every device: look before you pay for it.
 
     Args:
       tx: Any gradient transformation.

@@ -75,6 +75,25 @@ def test_lying_as_another_array(like) -> None:
     np.testing.assert_array_equal(lying_as(x, like), x)
 
 
+def test_each_array_lies_as_its_own(like) -> None:
+    mesh = like.sharding.mesh
+    rows = jax.device_put(like, NamedSharding(mesh, P("fsdp")))
+    both = jax.jit(lambda x, *likes: [lying_as(2 * x, like) for like in likes])
+    y, z = both(jnp.ones_like(like), like, rows)
+    assert y.sharding.is_equivalent_to(like.sharding, 2)
+    assert z.sharding.is_equivalent_to(rows.sharding, 2)
+
+
+def test_a_program_is_the_same_whenever_it_is_made(like) -> None:
+    def text() -> str:
+        # A function of its own, of which nothing is cached.
+        twice = jax.jit(lambda x, like: lying_as(x, like) + lying_as(2 * x, like))
+        return twice.lower(like, like).as_text()
+
+    assert "sharding_group" in (first := text())
+    assert text() == first
+
+
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f])
 def test_lying_alike_under_transformations(jit, like) -> None:
     x = jnp.arange(128.0).reshape(16, 8)

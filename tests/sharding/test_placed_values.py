@@ -180,6 +180,26 @@ def test_eight_devices_agree_with_one(name: str, mode: str) -> None:
     check(LAYOUTS[name], mode)
 
 
+@pytest.mark.parametrize("mode", ["auto", "placement"])
+def test_a_mesh_with_axes_of_both_types(mode: str) -> None:
+    """Its types tell some of how arrays lie, and no device waits for another."""
+    types = (AxisType.Explicit, AxisType.Auto)
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), types)
+    shapes = {f"long_{i}": (16, 64) for i in range(3)}
+    shapes |= {f"square_{i}": (32, 32) for i in range(3)}
+    specs = dict.fromkeys(shapes, P("fsdp", "tensor"))
+    grads = normal(shapes)
+    tx = ox.orthogonalize_via_newton_schulz(compute_dtype="float32", axes=LAST_TWO)
+    expected, _ = tx.update(grads, tx.init(grads))
+    tx = ox.orthogonalize_via_newton_schulz(
+        compute_dtype="float32",
+        axes=LAST_TWO,
+        placement=placement_of(mode, mesh, specs),
+    )
+    updates = jax.jit(lambda g: tx.update(g, ())[0])(place(grads, mesh, specs))
+    assert_trees_close(updates, expected, rtol=RTOL)
+
+
 SCARCE = {
     "short side": LAYOUTS["fewer than devices"],
     "long side": LAYOUTS["long side"],

@@ -84,15 +84,9 @@ def test_every_matrix_has_one_owner_and_the_load_is_even(seed: int) -> None:
     assert len(made.kind_of) == math.prod(mesh.values())
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_what_nobody_changes_comes_back_to_the_last_bit(seed: int, monkeypatch) -> None:
-    panels = None
-    if seed % 2:
-        monkeypatch.setattr(plan, "_FLOPS_PER_SECOND", 1e-3)
-        panels = IDENTITY
-    mesh, shapes, axes, specs = random_problem(seed)
-    made, blocks = plan_of(mesh, shapes, axes, specs, work(panels=panels))
-    rng = np.random.default_rng(seed)
+def unchanged(made, blocks, panels, mesh, shapes, axes, specs) -> None:
+    """Sends arrays to the owners of a plan and back."""
+    rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.standard_normal(s), "float32") for s in shapes]
     device_mesh = make_mesh(AxisType.Auto, **mesh)
     run = jax.shard_map(
@@ -107,6 +101,35 @@ def test_what_nobody_changes_comes_back_to_the_last_bit(seed: int, monkeypatch) 
     results = jax.jit(run)(*place(arrays, device_mesh, specs))
     for result, array in zip(results, arrays, strict=True):
         np.testing.assert_array_equal(result, array)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_nobody_changes_comes_back_to_the_last_bit(seed: int) -> None:
+    problem = random_problem(seed)
+    unchanged(*plan_of(*problem, work()), None, *problem)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("seed", range(6))
+def test_so_do_panels(seed: int, side: int, monkeypatch) -> None:
+    """Random panels, of the side that is sharded or of the other one."""
+    monkeypatch.setattr(plan, "_FLOPS_PER_SECOND", 1e-3)
+    rng = np.random.default_rng(seed)
+    mesh = [{"a": 8}, {"a": 4, "b": 2}, {"a": 2, "b": 4}][seed % 3]
+    shapes, specs = [], []
+    for axis in rng.permutation(["a", "b"])[: len(mesh)]:
+        short, long = 8, 16 * int(rng.integers(3, 6))
+        shapes.append((short, long) if side else (long, short))
+        if seed % 2:
+            # The others are copies.
+            specs.append(P(axis if axis in mesh else "a"))
+        else:
+            specs.append(P(tuple(mesh)) if rng.random() < 0.5 else P("a", *[*mesh][1:]))
+    axes = [M((0,), (1,))] * len(shapes)
+    made, blocks = plan_of(mesh, shapes, axes, specs, work(panels=IDENTITY))
+    assert made.cut
+    assert {made.exchanges[e].cut_side(position) for e, position in made.cut} == {side}
+    unchanged(made, blocks, IDENTITY, mesh, shapes, axes, specs)
 
 
 def llama(layers: int):
@@ -151,6 +174,25 @@ def test_scarce_matrices_are_cut() -> None:
     assert made.flops / made.even_flops < 2.1
 
 
+def test_matrices_of_one_shape_are_cut_together() -> None:
+    params, _ = llama(16)
+    # Some are sharded along their short side, some along the long one: two layouts.
+    placement = ox.Placement(AbstractMesh((256,), ("fsdp",)), P("fsdp"))
+    made = ox.plan_placement(params, placement)
+    panels = [group.panels for group in made.groups if group.shape == (2048, 8192)]
+    assert panels == [4, 4]
+    assert made.flops / made.even_flops < 2.1
+
+
+def test_panels_need_not_be_a_power_of_two(monkeypatch) -> None:
+    from optaxplus.sharding import orthogonalize
+
+    monkeypatch.setattr(orthogonalize, "device_memory", lambda mesh: 200e3)
+    params = {"up": {"kernel": jax.ShapeDtypeStruct((63, 768), "float32")}}
+    placement = ox.Placement(AbstractMesh((3,), ("fsdp",)), P("fsdp"))
+    assert ox.plan_placement(params, placement).groups[0].panels == 3
+
+
 def test_an_even_number_needs_one_kind_and_nothing_more_than_it_must() -> None:
     params, specs = llama(16)
     made = ox.plan_placement(params, ox.Placement(AbstractMesh((8,), ("fsdp",)), specs))
@@ -181,13 +223,3 @@ def test_what_fits_no_device_is_cut_or_refused(spec: P, monkeypatch) -> None:
     monkeypatch.setattr(orthogonalize, "device_memory", lambda mesh: 20e3)
     with pytest.raises(ValueError, match=r"'up/kernel'.*512.*GB on one device"):
         ox.plan_placement(params, placement)
-
-
-def test_of_a_mesh_of_both_types_the_types_are_read() -> None:
-    types = (AxisType.Explicit, AxisType.Auto)
-    mesh = AbstractMesh((4, 2), ("fsdp", "tensor"), axis_types=types)
-    sharding = jax.sharding.NamedSharding(mesh, P("fsdp"))
-    kernel = jax.ShapeDtypeStruct((16, 32), "float32", sharding=sharding)
-    made = ox.plan_placement({"up": {"kernel": kernel}})
-    assert made.mesh == {"fsdp": 4}
-    assert made.groups[0].pieces == ("fsdp",)

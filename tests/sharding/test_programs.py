@@ -91,6 +91,27 @@ def test_replicas_only_gather(mode: str, stacked: bool) -> None:
     assert cost.wire_bytes <= 2.04 * 2 * PARAMETERS * 7 / 8
 
 
+@pytest.mark.parametrize(("count", "sent"), [(1, 2), (7, 8), (9, 10), (12, 16)])
+def test_replicas_send_little_for_what_does_not_divide(count: int, sent: int) -> None:
+    """An eighth of eight is gathered; one is summed with zeros, at twice its bytes."""
+    mesh = mesh_of("placement", data=8)
+    sharding = NamedSharding(mesh, P())
+    shape = (count, 64, 128)
+    grads = {"w": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
+    placement = ox.Placement.like(grads)
+    tx = ox.orthogonalize_via_newton_schulz(
+        axes=ox.MatrixAxes((-2,), (-1,)), placement=placement
+    )
+    program = jax.jit(lambda g: tx.update(g, ())[0]).lower(grads)
+    cost = hlo_cost(program.compile().as_text())
+    params = {"up": {"kernel": grads["w"]}}
+    rules = [ox.Rule("kernel", ox.MatrixAxes((-2,), (-1,)), "hidden")]
+    planned = ox.plan_placement(params, rules=rules).comm_bytes
+    assert planned == sent * 64 * 128 * 2 * 7 / 8
+    # The compiler of CPUs sums in float32.
+    assert planned <= cost.wire_bytes <= 2 * planned
+
+
 @pytest.mark.parametrize("mode", ["explicit", "placement"])
 def test_replicas_of_shards_do_both(mode: str) -> None:
     mesh = mesh_of(mode, data=2, fsdp=4)
