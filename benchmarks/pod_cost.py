@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import itertools
 import json
 import math
@@ -27,22 +26,22 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # A script's own folder, also where the tests load it by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import jax
 import jax.numpy as jnp
 import optax
 from hlo_cost import hlo_cost
-from jax.experimental import mesh_utils, topologies
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from pod_devices import TOPOLOGIES, devices_of, unavailable
 
 import optaxplus as ox
 from optaxplus.report.tables import format_table
@@ -60,32 +59,6 @@ MATRICES = {
     ("mlp", "down"): ((8192, 2048), 1),
 }
 MODELS = ("stacked", "leaves")
-TOPOLOGIES = {
-    "v5e": {8: "2x4", 64: "8x8", 256: "16x16"},
-    "v5p": {8: "2x2x2", 64: "4x4x4", 256: "4x8x8"},
-    "h100": {8: "1x1x8"},
-}
-# What an H100 is to the compiler of XLA for GPUs.
-H100 = """
-gpu_device_info {
-  name: "NVIDIA H100 80GB HBM3" device_vendor: "NVIDIA Corporation"
-  cuda_compute_capability { major: 9 minor: 0 } device_address_bits: 64
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  memory_bandwidth: 3352320000000 device_memory_size: 84942979072
-  l2_cache_size: 52428800 threads_per_warp: 32
-  threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  registers_per_block_limit: 65536 registers_per_core_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  driver_version: "13.0.0" runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 @dataclass(frozen=True)
@@ -177,18 +150,6 @@ def shapes_and_specs(layout: Layout, model: str, layers: int) -> tuple[Any, Any]
             leaf = {"kernel": layout.spec(model_axis, stacked)}
             specs.setdefault(name, {}).setdefault(block, {})[matrix] = leaf
     return shapes, specs
-
-
-def devices_of(topology: str, chips: int) -> Sequence[Any]:
-    """Devices that can be compiled for."""
-    name = TOPOLOGIES[topology][chips]
-    if topology == "h100":
-        return topologies.get_topology_desc(
-            platform="cuda", topology_name="", topology=name, target_config=H100
-        ).devices
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{topology}:{name}"
-    ).devices
 
 
 def mesh_of(case: Case) -> Mesh:
@@ -314,16 +275,6 @@ def measure_apart(case: Case, timeout: float, text: Path | None) -> dict[str, An
     return {"error": f"{how}: {errors[-1][:300] if errors else ''}"}
 
 
-def unavailable(topology: str) -> str | None:
-    """Why a topology cannot be compiled for here."""
-    needed = {"h100": "jax_plugins.xla_cuda13"}.get(topology, "libtpu")
-    try:
-        found = importlib.util.find_spec(needed)
-    except ModuleNotFoundError:
-        found = None
-    return None if found else f"{needed} is not installed"
-
-
 def versions() -> dict[str, str]:
     """Of what decides the numbers."""
     names = ("jax", "jaxlib", "optax", "libtpu", "jax-cuda13-plugin")
@@ -387,20 +338,24 @@ def ordered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The table for README.md: v5e, ratios of stacked and separate parameters."""
+    """The table for README.md: ratios of stacked and separate parameters."""
+    names = ("topology", "layout", "implementation", "model")
     found = {
-        tuple(row["case"][name] for name in ("layout", "implementation", "model")): row
+        tuple(row["case"][name] for name in names): row
         for row in document["rows"].values()
-        if (row["case"]["topology"], row["case"]["layers"]) == ("v5e", LAYERS)
+        if row["case"]["layers"] == LAYERS
     }
     lines = [
-        "| layout | update | sent, of the bound | multiplied, of the bound | "
+        "| chip | layout | update | sent, of the bound | multiplied, of the bound | "
         "temporary GB | seconds to compile |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     muons = [name for name in IMPLEMENTATIONS if name != "adamw"]
-    for layout, name in itertools.product(LAYOUTS, muons):
-        both = [found.get((layout, name, model), {}).get("found") for model in MODELS]
+    shown_chips = {"v5e": "TPU v5e", "h100": "H100"}
+    for chip, layout, name in itertools.product(shown_chips, LAYOUTS, muons):
+        both = [
+            found.get((chip, layout, name, model), {}).get("found") for model in MODELS
+        ]
         if not any(both):
             continue
         columns = [
@@ -413,20 +368,22 @@ def markdown(document: dict[str, Any]) -> str:
             )
         ]
         shown = IMPLEMENTATIONS[name].replace("muon", "muon`", 1)
-        lines.append(f"| {layout} | `{shown} | {' | '.join(columns)} |")
-    first = next(iter(found.values()))
+        entries = [shown_chips[chip], layout, f"`{shown}", *columns]
+        lines.append(f"| {' | '.join(entries)} |")
+    versions = {k: v for row in found.values() for k, v in row["versions"].items()}
     return "\n".join(
         [
             *lines,
             "",
             "The update of the matrices of 16 layers of a llama (973M parameters in "
-            "float32), stacked over layers and as separate leaves, compiled for "
-            "TPU v5e, gradients and state donated. Sent: ring bytes of a chip over "
-            "those of moving bfloat16 matrices to whole chips and back (replicated: of "
-            "gathering the results). Multiplied: by the slowest chip, over five "
-            "standard Newton-Schulz steps divided among all. "
-            f"jax {first['versions']['jax']}, libtpu {first['versions']['libtpu']}, "
-            f"optax {first['versions']['optax']}; "
+            "float32), stacked over layers and as separate leaves, gradients and state "
+            "donated, by the compilers for TPUs and GPUs, without either. Sent: ring "
+            "bytes of a chip over those of moving bfloat16 matrices to whole chips and "
+            "back (replicated: of gathering the results). Multiplied: by the slowest "
+            "chip, over five standard Newton-Schulz steps divided among all. "
+            f"jax {versions['jax']}, libtpu {versions['libtpu']}, "
+            f"jax-cuda13-plugin {versions['jax-cuda13-plugin']}, "
+            f"optax {versions['optax']}; "
             "`python benchmarks/pod_cost.py` compiles them, also for TPU v5p.",
         ]
     )

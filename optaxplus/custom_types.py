@@ -24,8 +24,10 @@ placement
     otherwise once more; give `update` the parameters, from which it knows where the
     rest of the update belongs. An `optaxplus.Placement` says how they lie. A matrix is
     moved once there and once back, and computed by one device, or by a few where there
-    are more devices than matrices. None leaves everything to the compiler. On one
-    device it makes no difference. Static.
+    are more devices than matrices. None leaves everything to the compiler, as is needed
+    where `jax.vmap` goes over what is sharded. Inside of `jax.shard_map` and `jax.pmap`
+    arrays are what one device has: what is a part of a matrix there is orthogonalized
+    as if it were all. On one device it makes no difference. Static.
 mu_dtype, nu_dtype (`DTypeName`)
     The floating-point dtype in which first and second moments are stored; the
     arithmetic is float32 whatever it is. "float32", the default whatever the

@@ -10,10 +10,14 @@ library reads it.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optaxplus.numerics.explicit_axes import left_to_compiler
 
 __all__ = [
     "MatrixAxes",
@@ -22,9 +26,9 @@ __all__ = [
     "block_statistic",
     "from_matrices",
     "map_all_matrices",
-    "map_matrices",
     "reduce_blocks",
     "resolve_axes",
+    "scale_matrices",
     "split_columns",
     "spread_statistic",
     "to_matrices",
@@ -176,32 +180,12 @@ def split_columns(matrices: jax.Array, splits: tuple[int, ...]) -> list[jax.Arra
     return jnp.split(matrices, ends, axis=-1) if splits else [matrices]
 
 
-def map_matrices(
-    function: Callable[[jax.Array], jax.Array], x: jax.Array, axes: MatrixAxes
-) -> jax.Array:
-    """Applies `function` to `x` seen as batches of matrices, and puts it back.
-
-    Args:
-      function: Maps an array of shape (*batch, m, n), see `to_matrices`, to one of
-        the same shape. Called once for each split.
-      x: Any shape that `axes` fits.
-      axes: The matrix axes of `x`.
-
-    Returns:
-      The results in the shape of `x`, in the dtype that `function` returns.
-    """
-    (result,) = map_all_matrices(
-        lambda blocks: [function(block) for block in blocks], [x], [axes]
-    )
-    return result
-
-
 def map_all_matrices(
     function: Callable[[list[jax.Array]], Sequence[jax.Array]],
     xs: Sequence[jax.Array],
     axes: Sequence[MatrixAxes],
 ) -> list[jax.Array]:
-    """`map_matrices` of several arrays at once, for what is cheaper together.
+    """Applies `function` to arrays seen as batches of matrices, and puts them back.
 
     Args:
       function: Maps a list of arrays of shape (*batch, m, n), all matrices of all
@@ -213,17 +197,49 @@ def map_all_matrices(
       The results in the shapes of `xs`.
     """
     resolved = [resolve_axes(a, x.shape) for a, x in zip(axes, xs, strict=True)]
-    blocks = [
-        split_columns(to_matrices(x, a), a.splits)
-        for x, a in zip(xs, resolved, strict=True)
-    ]
-    results = iter(function([block for parts in blocks for block in parts]))
-    return [
-        from_matrices(
-            jnp.concatenate([next(results) for _ in parts], axis=-1), a, x.shape
+
+    def mapped(*xs: jax.Array) -> tuple[jax.Array, ...]:
+        blocks = [
+            split_columns(to_matrices(x, a), a.splits)
+            for x, a in zip(xs, resolved, strict=True)
+        ]
+        results = iter(function([block for parts in blocks for block in parts]))
+        return tuple(
+            from_matrices(
+                jnp.concatenate([next(results) for _ in parts], axis=-1), a, x.shape
+            )
+            for x, a, parts in zip(xs, resolved, blocks, strict=True)
         )
-        for x, a, parts in zip(xs, resolved, blocks, strict=True)
-    ]
+
+    return list(left_to_compiler(mapped, *xs))
+
+
+def scale_matrices(
+    x: jax.Array, axes: MatrixAxes, factor: Callable[[int, int], Any]
+) -> jax.Array:
+    """Multiplies every matrix by a number that depends on its shape alone.
+
+    Args:
+      x: Any shape that `axes` fits.
+      axes: The matrix axes of `x`; each split counts as a matrix.
+      factor: Maps (fan_in, fan_out) to the number, traced or not. Not asked about
+        matrices without entries.
+    """
+    axes = resolve_axes(axes, x.shape)
+    if not x.size:
+        return x
+    rows = math.prod(x.shape[axis] for axis in axes.fan_in)
+    columns = math.prod(x.shape[axis] for axis in axes.fan_out)
+    if not axes.splits:
+        return x * factor(rows, columns)
+    # One number for each column, in the order and the places of fan_out.
+    numbers = [jnp.full(n, factor(rows, n), x.dtype) for n in axes.splits]
+    row = MatrixAxes((), axes.fan_out)
+    shape = tuple(n if a in axes.fan_out else 1 for a, n in enumerate(x.shape))
+    spread = jnp.concatenate(numbers).reshape(
+        *(1,) * (x.ndim - len(axes.fan_out)), 1, columns
+    )
+    return x * from_matrices(spread, row, shape)
 
 
 def block_statistic(
@@ -245,11 +261,23 @@ def block_statistic(
     axes = resolve_axes(axes, x.shape)
     if not axes.splits:
         return function(x, block_axes(axes))
-    blocks = split_columns(to_matrices(x, axes), axes.splits)
-    values = jnp.concatenate([function(block, (-2, -1)) for block in blocks], axis=-1)
     shape = [1 if axis in block_axes(axes) else n for axis, n in enumerate(x.shape)]
     shape[axes.fan_out[0]] = len(axes.splits)
-    return from_matrices(values, axes, tuple(shape))
+
+    def statistic(x: jax.Array) -> jax.Array:
+        blocks = split_columns(to_matrices(x, axes), axes.splits)
+        values = [function(block, (-2, -1)) for block in blocks]
+        return from_matrices(jnp.concatenate(values, axis=-1), axes, tuple(shape))
+
+    return left_to_compiler(statistic, x, shardings=_of_batch(x, axes))
+
+
+def _of_batch(x: jax.Array, axes: MatrixAxes) -> NamedSharding:
+    """The sharding of x, with the axes of its blocks whole."""
+    sharding = jax.typeof(x).sharding
+    spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
+    kept = (None if a in block_axes(axes) else entry for a, entry in enumerate(spec))
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))
 
 
 def spread_statistic(

@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from optaxplus.numerics.explicit_axes import left_to_compiler
 from optaxplus.numerics.newton_schulz import (
     NewtonSchulz,
     iterate,
@@ -122,7 +123,7 @@ def polar_factor(
             f"polar_factor: x of shape {x.shape} is not allowed; it must have at "
             "least two axes, the last two forming the matrix."
         )
-    (result,) = polar_factors([x], iteration)
+    (result,) = left_to_compiler(lambda x: tuple(polar_factors([x], iteration)), x)
     return result
 
 

@@ -16,7 +16,7 @@ from optaxplus.partition.rules import DEFAULT_RULES, Rule
 from optaxplus.report.tables import format_bytes, format_table
 from optaxplus.sharding.layouts import mesh_size
 from optaxplus.sharding.orthogonalize import newton_schulz_work, plan_for
-from optaxplus.sharding.placement import Placement, Where, specs_of
+from optaxplus.sharding.placement import Placement, Where, placement_like, specs_of
 from optaxplus.sharding.plan import Plan
 from optaxplus.transforms.orthogonalized import orthogonalize_via_newton_schulz
 
@@ -150,7 +150,7 @@ def plan_placement(
     """
     name = "plan_placement"
     if placement is None:
-        placement = Placement.like(params)
+        placement = placement_like(name, params)
     decisions = decide(name, params, rules)
     specs = specs_of(name, placement, params)
     hidden = [

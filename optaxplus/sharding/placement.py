@@ -1,7 +1,7 @@
 """Where parameters lie: read from their types, or told by a `Placement`."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import DTypeName, PyTree
+from optaxplus.numerics.explicit_axes import axes_of_type, explicit_axes
 
 __all__ = [
     "Placement",
@@ -17,8 +18,7 @@ __all__ = [
     "check_placement",
     "check_specs",
     "device_memory",
-    "explicit_axes",
-    "left_to_compiler",
+    "placement_like",
     "specs_of",
     "where",
 ]
@@ -59,6 +59,11 @@ class Placement:
                 f"Placement: mesh={self.mesh!r} is not allowed; it must be a "
                 "jax.sharding.Mesh."
             )
+        if self.specs is None:
+            raise TypeError(
+                "Placement: specs=None is not allowed; it must be a pytree of "
+                "jax.sharding.PartitionSpec. PartitionSpec() is on every device."
+            )
         if self.comm_dtype is not None:
             validation.check_floating_dtype("Placement", comm_dtype=self.comm_dtype)
             if jax.numpy.dtype(self.comm_dtype) == jax.numpy.float16:
@@ -67,25 +72,26 @@ class Placement:
                     "outside of its range. Move them in 'bfloat16' or 'float32'."
                 )
         for path, spec in trees.leaves_with_paths(self.specs):
+            name = f"specs[{path!r}]" if path else "specs"
             if not isinstance(spec, PartitionSpec):
                 raise TypeError(
-                    f"Placement: specs[{path!r}]={spec!r} is not allowed; it must be a "
+                    f"Placement: {name}={spec!r} is not allowed; it must be a "
                     "jax.sharding.PartitionSpec. For arrays use Placement.like(params)."
                 )
             if any(entry is PartitionSpec.UNCONSTRAINED for entry in spec):
                 raise TypeError(
-                    f"Placement: specs[{path!r}]={spec} is not allowed; UNCONSTRAINED "
+                    f"Placement: {name}={spec} is not allowed; UNCONSTRAINED "
                     "does not say how a parameter lies."
                 )
             if len(set(_names(spec))) < len(_names(spec)):
                 raise ValueError(
-                    f"Placement: specs[{path!r}]={spec} is not allowed; it names an "
+                    f"Placement: {name}={spec} is not allowed; it names an "
                     "axis of the mesh twice."
                 )
             for axis in _names(spec):
                 if axis not in self.mesh.shape:
                     raise ValueError(
-                        f"Placement: specs[{path!r}]={spec} is not allowed; the mesh "
+                        f"Placement: {name}={spec} is not allowed; the mesh "
                         f"has no axis {axis!r}. Its axes are "
                         f"{', '.join(map(repr, self.mesh.shape))}."
                     )
@@ -103,25 +109,33 @@ class Placement:
           ValueError: If no parameter has a `NamedSharding`, or two lie on different
             meshes.
         """
-        mesh, specs = None, []
-        for path, leaf in trees.leaves_with_paths(params):
-            sharding = getattr(leaf, "sharding", None)
-            if not isinstance(sharding, NamedSharding):
-                specs.append(PartitionSpec())
-                continue
-            if mesh is not None and sharding.mesh != mesh:
-                raise ValueError(
-                    f"Placement.like: parameter {path!r} lies on {sharding.mesh}, "
-                    f"others on {mesh}; all must lie on one mesh."
-                )
-            mesh = sharding.mesh
-            specs.append(sharding.spec)
-        if mesh is None:
+        return placement_like("Placement.like", params, comm_dtype)
+
+
+def placement_like(
+    function: str, params: PyTree, comm_dtype: DTypeName | None = None
+) -> Placement:
+    """`Placement.like` on behalf of `function`."""
+    mesh, specs = None, []
+    for path, leaf in trees.leaves_with_paths(params):
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            specs.append(PartitionSpec())
+            continue
+        if mesh is not None and sharding.mesh != mesh:
             raise ValueError(
-                "Placement.like: no parameter has a NamedSharding, so there is no mesh "
-                "to place on. Shard them with jax.device_put first."
+                f"{function}: parameter {path!r} lies on {sharding.mesh}, others on "
+                f"{mesh}; all must lie on one mesh."
             )
-        return cls(mesh, trees.unflatten_like(params, specs), comm_dtype)
+        mesh = sharding.mesh
+        specs.append(sharding.spec)
+    if mesh is None:
+        raise ValueError(
+            f"{function}: no parameter has a NamedSharding, so nothing says how they "
+            "lie. Give it what jax.device_put or a compiled init sharded, not what is "
+            "traced, or an optaxplus.Placement(mesh, specs)."
+        )
+    return Placement(mesh, trees.unflatten_like(params, specs), comm_dtype)
 
 
 @dataclass(frozen=True)
@@ -171,12 +185,14 @@ def where(function: str, placement: Any, tree: PyTree) -> Where | None:
     leaves = [leaf for _, leaf in trees.leaves_with_paths(tree)]
     types = [jax.typeof(leaf).sharding for leaf in leaves]
     if isinstance(placement, Placement):
-        if any(_axes_of_type(s.mesh, AxisType.Manual) for s in types):
+        if any(axes_of_type(s.mesh, AxisType.Manual) for s in types):
             raise ValueError(
-                f"{function}: a Placement is not allowed inside jax.shard_map, where "
-                "arrays are what one device has; pass placement='auto' or None."
+                f"{function}: a Placement is not allowed inside jax.shard_map or "
+                "jax.pmap, where arrays are what one device has; pass placement='auto' "
+                "or None."
             )
         specs = specs_of(function, placement, tree)
+        _check_meshes(function, placement.mesh, types, tree)
         _check_types(function, specs, types, tree)
         axes = placement.mesh.axis_names
         found = Where(placement.mesh, axes, tuple(specs), placement.comm_dtype)
@@ -185,7 +201,7 @@ def where(function: str, placement: Any, tree: PyTree) -> Where | None:
     if mesh is None:
         return None
     # Inside a shard_map its axes are Manual: arrays are what the device has.
-    manual = _axes_of_type(mesh, AxisType.Manual)
+    manual = axes_of_type(mesh, AxisType.Manual)
     axes = tuple(name for name in mesh.axis_names if name not in manual)
     if explicit_axes(mesh):
         # A type that was lost on the way, as optax.MultiSteps loses it, is no mesh.
@@ -259,23 +275,6 @@ def device_memory(mesh: Mesh | AbstractMesh) -> float:
     return math.inf if limit is None else limit // 10**9 * 1e9
 
 
-def explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """The axes of the mesh along which the types of arrays say how they lie."""
-    return _axes_of_type(mesh, AxisType.Explicit)
-
-
-def left_to_compiler(function: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """Calls `function`, whose results are sharded as its arguments are.
-
-    Under an Explicit mesh every operation has to say how its result is sharded; within
-    this function the compiler decides.
-    """
-    shardings = tuple(jax.typeof(x).sharding for x in arrays)
-    if not any(explicit_axes(s.mesh) for s in shardings):
-        return function(*arrays)
-    return jax.sharding.auto_axes(function, out_sharding=shardings)(*arrays)
-
-
 def _longest_prefix(given: Mapping[str, Any], path: str) -> PartitionSpec | None:
     parts = path.split("/")
     for length in range(len(parts), -1, -1):
@@ -308,6 +307,25 @@ def _check_fit(
                 f"{function}: placement.specs[{path!r}]={spec} does not fit a "
                 f"parameter of shape {shape}: {size} does not divide by the {devices} "
                 f"devices along {entry!r}."
+            )
+
+
+def _check_meshes(
+    function: str, mesh: Mesh | AbstractMesh, types: list[NamedSharding], tree: PyTree
+) -> None:
+    """Refuses a mesh other than the one that is set or that arrays lie on."""
+    around = jax.sharding.get_abstract_mesh()
+    others = {"jax.set_mesh": around} | {
+        f"parameter {path!r}": sharding.mesh
+        for (path, _), sharding in zip(
+            trees.leaves_with_paths(tree), types, strict=True
+        )
+    }
+    for name, other in others.items():
+        if not other.empty and other.abstract_mesh != mesh.abstract_mesh:
+            raise ValueError(
+                f"{function}: placement.mesh={mesh} is not allowed; that of {name} is "
+                f"{other}. Make the placement with the mesh that parameters lie on."
             )
 
 
@@ -349,9 +367,3 @@ def _names(spec: PartitionSpec) -> tuple[str, ...]:
         for entry in spec
         for name in ((entry,) if isinstance(entry, str) else tuple(entry or ()))
     )
-
-
-def _axes_of_type(mesh: Mesh | AbstractMesh, kind: AxisType) -> tuple[str, ...]:
-    """The mesh axes of one type."""
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, axis_type in types if axis_type == kind)

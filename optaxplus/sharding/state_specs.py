@@ -6,7 +6,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from optaxplus import validation
 from optaxplus.custom_types import PyTree
-from optaxplus.sharding.placement import Placement, specs_of
+from optaxplus.sharding.placement import Placement, placement_like, specs_of
 
 __all__ = ["state_sharding"]
 
@@ -59,7 +59,7 @@ def state_sharding(
     name = "state_sharding"
     validation.check_transformation(name, "tx", tx)
     if placement is None:
-        placement = Placement.like(params)
+        placement = placement_like(name, params)
     specs = specs_of(name, placement, params)
     mesh = placement.mesh
     explicit = AbstractMesh(

@@ -23,6 +23,7 @@ import optax
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
+from optaxplus.numerics.explicit_axes import left_to_compiler
 from optaxplus.numerics.factored_squares import (
     collapsed,
     factor_squares,
@@ -158,8 +159,13 @@ def scale_by_confidence(
             leaf_axes: MatrixAxes,
         ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
             if is_factored(leaf_axes, u.shape, min_dim_size_to_factor):
-                return _confidence_leaf(
-                    u, mu, rows, columns, leaf_axes, b1=b1, b3=b3, eps=eps
+                return left_to_compiler(
+                    _confidence_leaf,
+                    *(u, mu, rows, columns),
+                    axes=leaf_axes,
+                    b1=b1,
+                    b3=b3,
+                    eps=eps,
                 )
             wide = trees.widen(u)
             m = mix(b1, mu.astype(wide.dtype), wide)

@@ -29,24 +29,25 @@ good without a word; Householder QR in place of randomized Cholesky QR.
 """
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
+from optaxplus.numerics.explicit_axes import left_to_compiler
 from optaxplus.numerics.hyperparameters import as_decay_rate
 from optaxplus.numerics.matrix_axes import (
     MatrixAxes,
+    block_axes,
     from_matrices,
     split_columns,
     to_matrices,
 )
-from optaxplus.sharding.placement import left_to_compiler
 from optaxplus.transforms.orthogonalized import matrix_axes_of
 
 __all__ = ["ScaleByDionState", "scale_by_dion"]
@@ -97,8 +98,22 @@ def _placed_zeros(
     over = axes.fan_out if is_on_fan_in else axes.fan_in
     over += () if is_on_fan_in or not axes.splits else axes.fan_out
     zeros = jnp.zeros_like(param, dtype=trees.compute_dtype(param.dtype))
-    zeros = to_matrices(jnp.sum(zeros, axis=over, keepdims=True), axes)
-    return zeros if is_on_fan_in else zeros.mT
+    zeros = jnp.sum(zeros, axis=over, keepdims=True)
+    sharding = jax.typeof(zeros).sharding
+    spec = (*sharding.spec, *(None,) * (zeros.ndim - len(sharding.spec)))
+    batch = [entry for a, entry in enumerate(spec) if a not in block_axes(axes)]
+    first, *others = [
+        spec[axis] for axis in (axes.fan_in if is_on_fan_in else axes.fan_out)
+    ]
+    # Of several axes the first one may stay sharded if no other is.
+    rows = None if any(others) else first
+
+    def viewed(zeros: jax.Array) -> jax.Array:
+        matrices = to_matrices(zeros, axes)
+        return matrices if is_on_fan_in else matrices.mT
+
+    placed = NamedSharding(sharding.mesh, PartitionSpec(*batch, rows, None))
+    return left_to_compiler(viewed, zeros, shardings=placed)
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -314,15 +329,15 @@ def scale_by_dion(
             g: jax.Array, mu: jax.Array, basis: jax.Array, leaf_axes: MatrixAxes
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
             shapes = _matrix_shapes(leaf_axes, g.shape)
-            compute = partial(
+            return left_to_compiler(
                 _dion_leaf,
+                *(g, mu, basis),
                 axes=leaf_axes,
                 ranks=tuple(rank_of(min(shape)) for shape in shapes),
                 b1=trees.scalar_for(b1, g),
                 eps=trees.scalar_for(eps, g),
                 power_iterations=power_iterations,
             )
-            return left_to_compiler(compute, g, mu, basis)
 
         updates, mu, basis = trees.map_several(
             leaf,

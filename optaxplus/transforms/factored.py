@@ -29,6 +29,7 @@ import optax
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
+from optaxplus.numerics.explicit_axes import left_to_compiler
 from optaxplus.numerics.factored_squares import (
     collapsed,
     factor_squares,
@@ -208,7 +209,10 @@ def factored_rms(
                 "clip_threshold": clip_threshold,
             }
             if is_factored(leaf_axes, g.shape, min_dim_size_to_factor):
-                return *_factored_leaf(g, nu_row, nu_col, leaf_axes, **arguments), nu
+                factored = left_to_compiler(
+                    _factored_leaf, g, nu_row, nu_col, axes=leaf_axes, **arguments
+                )
+                return *factored, nu
             u, nu = _full_leaf(g, nu, leaf_axes, **arguments)
             return u, nu_row, nu_col, nu
 

@@ -39,7 +39,7 @@ import optax
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, PyTree, Scalar
-from optaxplus.numerics.matrix_axes import MatrixAxes, map_matrices, reduce_blocks
+from optaxplus.numerics.matrix_axes import MatrixAxes, reduce_blocks, scale_matrices
 from optaxplus.numerics.newton_schulz import newton_schulz
 from optaxplus.numerics.norms import mean_square, or_one
 from optaxplus.partition.inference import axes_of
@@ -71,8 +71,8 @@ def _direction(
     rows = max(1, math.prod(b.shape[axis] for axis in axes.fan_in))
     fan_in = 1 if one_hot else rows
     if norm == "spectral":
-        return map_matrices(
-            lambda o: o * (radius * math.sqrt(o.shape[-1] / fan_in)), b, axes
+        return scale_matrices(
+            b, axes, lambda _, columns: radius * math.sqrt(columns / fan_in)
         )
     if norm == "sign":
         return jnp.sign(b) * (radius / fan_in)

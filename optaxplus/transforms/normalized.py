@@ -28,7 +28,12 @@ import optax
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
-from optaxplus.numerics.matrix_axes import MatrixAxes, map_matrices, resolve_axes
+from optaxplus.numerics.matrix_axes import (
+    MatrixAxes,
+    reduce_blocks,
+    resolve_axes,
+    scale_matrices,
+)
 from optaxplus.numerics.moving_averages import mix
 from optaxplus.numerics.norms import block_norm, mean_square, mix_square
 from optaxplus.transforms.orthogonalized import matrix_axes_of
@@ -171,12 +176,14 @@ def scale_by_adamuon(
         o = trees.widen(o)
         nu = mix_square(b2, nu.astype(o.dtype), o)
 
-        def with_norm_of_polar_factor(u: jax.Array) -> jax.Array:
-            squares = jnp.sum(jnp.square(u), axis=(-2, -1), keepdims=True)
-            return u * (math.sqrt(min(u.shape[-2:])) / (jnp.sqrt(squares) + eps))
+        def sum_of_squares(u: jax.Array, over: tuple[int, ...]) -> jax.Array:
+            return jnp.sum(jnp.square(u), axis=over, keepdims=True)
 
         u = o / (jnp.sqrt(nu) + eps)
-        return map_matrices(with_norm_of_polar_factor, u, leaf_axes), nu
+        norm = jnp.sqrt(reduce_blocks(sum_of_squares, u, leaf_axes))
+        # To the norm of a polar factor.
+        u = scale_matrices(u / (norm + eps), leaf_axes, lambda *s: math.sqrt(min(s)))
+        return u, nu
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None

@@ -27,7 +27,7 @@ from optaxplus.custom_types import Axes, PyTree
 from optaxplus.numerics.matrix_axes import (
     MatrixAxes,
     map_all_matrices,
-    map_matrices,
+    scale_matrices,
 )
 from optaxplus.numerics.newton_schulz import NewtonSchulz, newton_schulz
 from optaxplus.numerics.polar import polar_factors
@@ -212,13 +212,8 @@ def scale_by_matrix_shape(
     ) -> tuple[PyTree, optax.EmptyState]:
         del params
 
-        def scale(matrices: jax.Array) -> jax.Array:
-            rows, columns = matrices.shape[-2:]
-            # An empty matrix has no ratio of sides, and nothing to scale.
-            return matrices * (factor(rows, columns) if matrices.size else 1.0)
-
         def leaf(u: jax.Array, leaf_axes: MatrixAxes) -> jax.Array:
-            return map_matrices(scale, trees.widen(u), leaf_axes)
+            return scale_matrices(trees.widen(u), leaf_axes, factor)
 
         return jax.tree.map(leaf, updates, matrix_axes_of(name, axes, updates)), state
 

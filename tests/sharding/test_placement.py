@@ -53,6 +53,10 @@ def test_like_wants_one_mesh(mesh) -> None:
 def test_bad_placements(mesh) -> None:
     with pytest.raises(TypeError, match="Placement: mesh='fsdp' is not allowed"):
         ox.Placement("fsdp", P())
+    with pytest.raises(TypeError, match=r"Placement: specs=None is not allowed"):
+        ox.Placement(mesh, None)
+    with pytest.raises(TypeError, match=r"Placement: specs='fsdp' is not allowed"):
+        ox.Placement(mesh, "fsdp")
     with pytest.raises(TypeError, match=r"Placement: specs\['up'\]='fsdp'.*Partition"):
         ox.Placement(mesh, {"up": "fsdp"})
     with pytest.raises(ValueError, match=r"no axis 'tensor'. Its axes are 'fsdp'"):
@@ -123,6 +127,32 @@ def test_specs_may_not_contradict_types() -> None:
     )
     with pytest.raises(ValueError, match="the parameter lies as"):
         tx.update(grads, tx.init(grads))
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_placement_on_another_mesh_is_refused(around: bool, mesh) -> None:
+    params = {"up": {"kernel": jnp.ones((16, 16))}}
+    other = make_mesh(AxisType.Auto, fsdp=4, tensor=2)
+    tx = ox.muon(0.1, placement=ox.Placement(mesh, P("fsdp")))
+    if around:
+        with (
+            jax.set_mesh(other),
+            pytest.raises(ValueError, match=r"of jax\.set_mesh is"),
+        ):
+            tx.update(params, tx.init(params), params)
+        return
+    placed = jax.device_put(params, NamedSharding(other, P("fsdp")))
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"placement\.mesh=.*parameter 'up/kernel' is"):
+        jax.jit(tx.update)(placed, state, placed)
+
+
+def test_nothing_says_how_parameters_lie() -> None:
+    params = jax.eval_shape(lambda: {"up": {"kernel": jnp.ones((8, 8))}})
+    for function in ("plan_placement", "state_sharding"):
+        given = (params,) if function == "plan_placement" else (ox.muon(0.1), params)
+        with pytest.raises(ValueError, match=f"{function}: no parameter has a NamedSh"):
+            getattr(ox, function)(*given)
 
 
 def test_none_leaves_it_to_the_compiler(mesh) -> None:

@@ -1,0 +1,123 @@
+"""Explicit meshes: any axis may be sharded, also one that becomes part of a side."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optaxplus as ox
+from optaxplus.numerics import polar_factor
+from tests.assertions import assert_trees_close
+from tests.sharding.meshes import make_mesh, normal, place
+
+M = ox.MatrixAxes
+SHAPES = {
+    "conv": (3, 3, 16, 32),
+    "query": (32, 4, 8),
+    "out": (4, 8, 32),
+    "up": (32, 64),
+    "down": (64, 32),
+    "fused": (32, 96),
+    "experts": (4, 16, 32),
+}
+AXES = {
+    "conv": M((0, 1, 2), (3,)),
+    "query": M((0,), (1, 2)),
+    "out": M((0, 1), (2,)),
+    "up": M((0,), (1,)),
+    "down": M((0,), (1,)),
+    "fused": M((0,), (1,), (32, 48, 16)),
+    "experts": M((1,), (2,)),
+}
+SPECS = {
+    "conv": P(None, None, "fsdp", "tensor"),
+    "query": P("fsdp", None, "tensor"),
+    "out": P(None, "tensor", "fsdp"),
+    "up": P("fsdp", "tensor"),
+    "down": P("fsdp", "tensor"),
+    "fused": P("fsdp", "tensor"),
+    "experts": P("fsdp", None, "tensor"),
+}
+RULES = tuple(ox.Rule(rf"^{name}$", axes, "hidden") for name, axes in AXES.items())
+FLOAT32 = {"rules": RULES, "compute_dtype": "float32"}
+FACTORIES = {
+    "muon": lambda rate: ox.muon(rate, **FLOAT32),
+    "muon, left to the compiler": lambda rate: ox.muon(rate, placement=None, **FLOAT32),
+    "normuon": lambda rate: ox.normuon(rate, **FLOAT32),
+    "adamuon": lambda rate: ox.adamuon(rate, **FLOAT32),
+    "scion": lambda rate: ox.scion(rate, **FLOAT32),
+    "dion": lambda rate: ox.dion(rate, rules=RULES),
+    "came": lambda rate: ox.came(rate, axes=AXES, min_dim_size_to_factor=1),
+    "adafactor": lambda rate: ox.adafactor(rate, axes=AXES, min_dim_size_to_factor=1),
+    "lamb": lambda rate: ox.lamb(rate, axes=AXES),
+}
+# Sums go over other partial sums; what follows amplifies them as in five steps of
+# Newton-Schulz, see test_placed_values.
+RTOL = 803 * 2**-24
+# AdaMuon divides entries by the roots of their own mean squares: errors of small ones
+# count as much as those of the largest.
+RTOL_OF = {"adamuon": 10 * RTOL}
+
+
+def two_steps(tx: optax.GradientTransformation, params):
+    update = jax.jit(tx.update)
+    state = jax.jit(tx.init)(params)
+    _, state = update(params, state, params)
+    return update(jax.tree.map(jnp.sin, params), state, params)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_explicit_axes_agree_with_one_device(name: str) -> None:
+    tx = FACTORIES[name](1e-2)
+    params = normal(SHAPES)
+    expected, _ = two_steps(tx, params)
+    mesh = make_mesh(AxisType.Explicit, fsdp=4, tensor=2)
+    placed = place(params, mesh, SPECS)
+    with jax.set_mesh(mesh):
+        updates, state = two_steps(tx, placed)
+    assert_trees_close(updates, expected, rtol=RTOL_OF.get(name, RTOL))
+    for key, spec in SPECS.items():
+        assert updates[key].sharding.is_equivalent_to(
+            NamedSharding(mesh, spec), len(SHAPES[key])
+        )
+    planned = ox.state_sharding(tx, placed)
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, planned
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["came", "adafactor", "dion"])
+def test_traced_hyperparameters(name: str) -> None:
+    factory = {"came": ox.came, "adafactor": ox.adafactor, "dion": ox.dion}[name]
+    given = {"rules": RULES} if name == "dion" else {"axes": AXES}
+    if name != "dion":
+        given["min_dim_size_to_factor"] = 1
+    traced = {"learning_rate", "b1", "b2", "b3", "eps", "weight_decay"}
+    static = tuple(inspect.signature(factory).parameters.keys() - traced)
+    tx = optax.inject_hyperparams(factory, static_args=static)(1e-2, **given)
+    params = normal(SHAPES)
+    expected, _ = two_steps(tx, params)
+    mesh = make_mesh(AxisType.Explicit, fsdp=4, tensor=2)
+    with jax.set_mesh(mesh):
+        updates, _ = two_steps(tx, place(params, mesh, SPECS))
+    assert_trees_close(updates, expected, rtol=RTOL)
+
+
+@pytest.mark.parametrize("spec", [P("fsdp"), P(None, "fsdp"), P(None, None, "fsdp")])
+def test_polar_factor_of_a_sharded_array(spec: P) -> None:
+    (x,) = normal({"x": (8, 16, 64)}).values()
+    mesh = make_mesh(AxisType.Explicit, fsdp=8)
+    placed = jax.device_put(x, NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: polar_factor(x, compute_dtype="float32"))(placed)
+    assert y.sharding.is_equivalent_to(placed.sharding, 3)
+    expected = polar_factor(x, compute_dtype="float32")
+    atol = RTOL * float(np.abs(expected).max())
+    np.testing.assert_allclose(y, expected, rtol=0, atol=atol)
