@@ -20,8 +20,6 @@ SHAPES = {
     "conv": (3, 3, 16, 32),
     "query": (32, 4, 8),
     "out": (4, 8, 32),
-    "up": (32, 64),
-    "down": (64, 32),
     "fused": (32, 96),
     "experts": (4, 16, 32),
 }
@@ -29,8 +27,6 @@ AXES = {
     "conv": M((0, 1, 2), (3,)),
     "query": M((0,), (1, 2)),
     "out": M((0, 1), (2,)),
-    "up": M((0,), (1,)),
-    "down": M((0,), (1,)),
     "fused": M((0,), (1,), (32, 48, 16)),
     "experts": M((1,), (2,)),
 }
@@ -38,13 +34,11 @@ SPECS = {
     "conv": P(None, None, "fsdp", "tensor"),
     "query": P("fsdp", None, "tensor"),
     "out": P(None, "tensor", "fsdp"),
-    "up": P("fsdp", "tensor"),
-    "down": P("fsdp", "tensor"),
     "fused": P("fsdp", "tensor"),
     "experts": P("fsdp", None, "tensor"),
 }
 RULES = tuple(ox.Rule(rf"^{name}$", axes, "hidden") for name, axes in AXES.items())
-FLOAT32 = {"rules": RULES, "compute_dtype": "float32"}
+FLOAT32 = {"rules": RULES, "compute_dtype": "float32", "ns_steps": 2}
 FACTORIES = {
     "muon": lambda rate: ox.muon(rate, **FLOAT32),
     "muon, left to the compiler": lambda rate: ox.muon(rate, placement=None, **FLOAT32),
@@ -56,12 +50,13 @@ FACTORIES = {
     "adafactor": lambda rate: ox.adafactor(rate, axes=AXES, min_dim_size_to_factor=1),
     "lamb": lambda rate: ox.lamb(rate, axes=AXES),
 }
-# Sums go over other partial sums; what follows amplifies them as in five steps of
-# Newton-Schulz, see test_placed_values.
-RTOL = 803 * 2**-24
+# Sums go over other partial sums, and two steps of Newton-Schulz multiply small
+# singular values by 31, see test_placed_values; norms and means sum over more.
+RTOL = 100 * 2**-24
 # AdaMuon divides entries by the roots of their own mean squares: errors of small ones
-# count as much as those of the largest.
-RTOL_OF = {"adamuon": 10 * RTOL}
+# count as much as those of the largest. Dion's QR divides by what is left of columns
+# that are nearly parallel to others.
+RTOL_OF = {"adamuon": 10 * RTOL, "dion": 10 * RTOL}
 
 
 def two_steps(tx: optax.GradientTransformation, params):
@@ -107,17 +102,18 @@ def test_traced_hyperparameters(name: str) -> None:
     mesh = make_mesh(AxisType.Explicit, fsdp=4, tensor=2)
     with jax.set_mesh(mesh):
         updates, _ = two_steps(tx, place(params, mesh, SPECS))
-    assert_trees_close(updates, expected, rtol=RTOL)
+    assert_trees_close(updates, expected, rtol=RTOL_OF.get(name, RTOL))
 
 
 @pytest.mark.parametrize("spec", [P("fsdp"), P(None, "fsdp"), P(None, None, "fsdp")])
 def test_polar_factor_of_a_sharded_array(spec: P) -> None:
     (x,) = normal({"x": (8, 16, 64)}).values()
+    arguments = {"compute_dtype": "float32", "ns_steps": 2}
     mesh = make_mesh(AxisType.Explicit, fsdp=8)
     placed = jax.device_put(x, NamedSharding(mesh, spec))
     with jax.set_mesh(mesh):
-        y = jax.jit(lambda x: polar_factor(x, compute_dtype="float32"))(placed)
+        y = jax.jit(lambda x: polar_factor(x, **arguments))(placed)
     assert y.sharding.is_equivalent_to(placed.sharding, 3)
-    expected = polar_factor(x, compute_dtype="float32")
+    expected = polar_factor(x, **arguments)
     atol = RTOL * float(np.abs(expected).max())
     np.testing.assert_allclose(y, expected, rtol=0, atol=atol)
