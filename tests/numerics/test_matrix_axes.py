@@ -13,9 +13,10 @@ from optaxplus.numerics.matrix_axes import (
     block_shape,
     block_statistic,
     from_matrices,
-    map_matrices,
+    map_all_matrices,
     reduce_blocks,
     resolve_axes,
+    scale_matrices,
     split_columns,
     spread_statistic,
     to_matrices,
@@ -51,6 +52,14 @@ def view_by_hand(x: np.ndarray, axes: MatrixAxes, subscripts: str) -> np.ndarray
 
 def numbered(shape: tuple[int, ...]) -> np.ndarray:
     return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def map_matrices(function, x, axes):
+    """`map_all_matrices` of one array, split by split."""
+    (result,) = map_all_matrices(
+        lambda blocks: [function(block) for block in blocks], [x], [axes]
+    )
+    return result
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -320,15 +329,31 @@ def test_impossible_axes_are_refused(arguments, message: str):
     ],
 )
 @pytest.mark.parametrize(
-    "user", ["resolve_axes", "map_matrices", "block_shape", "block_statistic", "spread"]
+    "user",
+    ["resolve_axes", "map_all_matrices", "block_shape", "block_statistic", "spread"],
 )
 def test_axes_that_do_not_fit_are_refused(axes, shape, message: str, user: str):
     call = {
         "resolve_axes": lambda: resolve_axes(axes, shape),
-        "map_matrices": lambda: map_matrices(lambda x: x, jnp.zeros(shape), axes),
+        "map_all_matrices": lambda: map_matrices(lambda x: x, jnp.zeros(shape), axes),
         "block_shape": lambda: block_shape(axes, shape),
         "block_statistic": lambda: block_statistic(total, jnp.zeros(shape), axes),
         "spread": lambda: spread_statistic(jnp.zeros(shape), axes, shape),
     }[user]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_scale_matrices_knows_each_split_by_its_shape():
+    x = jnp.ones((2, 6, 3, 4))
+    axes = MatrixAxes((1,), (3, 2), (3, 9))
+    scaled = scale_matrices(x, axes, lambda rows, columns: rows + 10 * columns)
+    expected = map_matrices(
+        lambda block: block * (block.shape[-2] + 10 * block.shape[-1]), x, axes
+    )
+    np.testing.assert_array_equal(scaled, expected)
+    assert sorted(set(np.asarray(scaled).ravel())) == [36, 96]
+    whole = MatrixAxes((1,), (2, 3))
+    np.testing.assert_array_equal(scale_matrices(x, whole, lambda *_: 2.0), 2 * x)
+    empty = jnp.zeros((0, 4))
+    assert scale_matrices(empty, MatrixAxes((0,), (1,)), lambda m, n: n / m).size == 0

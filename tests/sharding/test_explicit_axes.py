@@ -18,21 +18,18 @@ from tests.sharding.meshes import make_mesh, normal, place
 M = ox.MatrixAxes
 SHAPES = {
     "conv": (3, 3, 16, 32),
-    "query": (32, 4, 8),
     "out": (4, 8, 32),
     "fused": (32, 96),
     "experts": (4, 16, 32),
 }
 AXES = {
     "conv": M((0, 1, 2), (3,)),
-    "query": M((0,), (1, 2)),
     "out": M((0, 1), (2,)),
     "fused": M((0,), (1,), (32, 48, 16)),
     "experts": M((1,), (2,)),
 }
 SPECS = {
     "conv": P(None, None, "fsdp", "tensor"),
-    "query": P("fsdp", None, "tensor"),
     "out": P(None, "tensor", "fsdp"),
     "fused": P("fsdp", "tensor"),
     "experts": P("fsdp", None, "tensor"),
