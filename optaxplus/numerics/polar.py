@@ -337,7 +337,7 @@ def in_rows(x: jax.Array) -> jax.Array:
 
 
 def turned(x: jax.Array) -> jax.Array:
-    """X (..., m, n) as (..., n, m), moved here and now."""
+    """Transposes (..., m, n), here and now."""
     # XLA would rather compute everything that it is made of and made into in the other
     # layout, in float32.
     return in_rows(in_rows(x).mT)

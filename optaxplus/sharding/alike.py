@@ -22,7 +22,7 @@ def lying_as(x: jax.Array, like: jax.Array) -> jax.Array:
     return _lying_as.bind(x, jax.lax.stop_gradient(like))
 
 
-# JAX has a way to say so of its own, jax.experimental.shard_alike, until 0.11.
+# JAX before 0.12 can say so, by jax.experimental.shard_alike.
 _lying_as = Primitive("lying_as")
 
 
