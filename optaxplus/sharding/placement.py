@@ -194,8 +194,12 @@ def where(function: str, placement: Any, tree: PyTree) -> Where | None:
         specs = specs_of(function, placement, tree)
         _check_meshes(function, placement.mesh, types, tree)
         _check_types(function, specs, types, tree)
-        axes = placement.mesh.axis_names
-        found = Where(placement.mesh, axes, tuple(specs), placement.comm_dtype)
+        mesh, around = placement.mesh, jax.sharding.get_abstract_mesh()
+        if isinstance(mesh, AbstractMesh) and not around.empty:
+            # The same, but this one knows for which kind of devices it is set.
+            mesh = around
+        axes = mesh.axis_names
+        found = Where(mesh, axes, tuple(specs), placement.comm_dtype)
         return found if found.sizes or explicit_axes(found.mesh) else None
     mesh = next((s.mesh for s in types if not s.mesh.empty), None)
     if mesh is None:
@@ -322,11 +326,16 @@ def _check_meshes(
         )
     }
     for name, other in others.items():
-        if not other.empty and other.abstract_mesh != mesh.abstract_mesh:
+        if not other.empty and _axes(other) != _axes(mesh):
             raise ValueError(
                 f"{function}: placement.mesh={mesh} is not allowed; that of {name} is "
                 f"{other}. Make the placement with the mesh that parameters lie on."
             )
+
+
+def _axes(mesh: Mesh | AbstractMesh) -> list[Any]:
+    """What a mesh is apart from its devices, which an abstract one need not know."""
+    return [*zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)]
 
 
 def _check_types(

@@ -1,17 +1,19 @@
 """`Placement`, what it refuses, and where states lie."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxplus as ox
 from optaxplus import trees
 from tests.assertions import assert_trees_close
-from tests.sharding.meshes import make_mesh, normal, place
+from tests.sharding.meshes import is_placed, make_mesh, normal, place
 
 PARAMS = {"up": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}}
 SPECS = {"up": {"kernel": P("fsdp"), "bias": P()}}
@@ -127,6 +129,18 @@ def test_specs_may_not_contradict_types() -> None:
     )
     with pytest.raises(ValueError, match="the parameter lies as"):
         tx.update(grads, tx.init(grads))
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_the_mesh_of_a_placement_may_be_abstract(around: bool, mesh) -> None:
+    kernel = jax.device_put(jnp.ones((16, 16)), NamedSharding(mesh, P("fsdp")))
+    params = {"up": {"kernel": kernel}}
+    abstract = AbstractMesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    tx = ox.muon(0.1, placement=ox.Placement(abstract, P("fsdp")))
+    state = tx.init(params)
+    with jax.set_mesh(mesh) if around else contextlib.nullcontext():
+        updates, _ = jax.jit(tx.update)(params, state, params)
+    assert is_placed(updates["up"]["kernel"], mesh, P("fsdp"))
 
 
 @pytest.mark.parametrize("around", [False, True])
