@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 __all__ = ["axes_of_type", "explicit_axes", "left_to_compiler"]
 
@@ -39,9 +39,15 @@ def left_to_compiler(
         of `arrays`.
       **arguments: Hyper-parameters, traced or not, and whatever else is no array.
     """
-    given = tuple(jax.typeof(x).sharding for x in arrays)
-    if not any(explicit_axes(sharding.mesh) for sharding in given):
+    types = [jax.typeof(x).sharding for x in arrays]
+    mesh = next((s.mesh for s in types if explicit_axes(s.mesh)), None)
+    if mesh is None:
         return function(*arrays, **arguments)
+    # An array that comes from no mesh, as from NumPy, is on every device.
+    given = tuple(
+        NamedSharding(mesh, PartitionSpec(*(None,) * x.ndim)) if s.mesh.empty else s
+        for x, s in zip(arrays, types, strict=True)
+    )
     results = given if shardings is None else shardings
     # What is traced has to come in as an argument, where its type is changed.
     traced = {k: v for k, v in arguments.items() if isinstance(v, jax.Array)}
@@ -49,4 +55,8 @@ def left_to_compiler(
     def inside(traced: dict[str, jax.Array], *arrays: jax.Array) -> Any:
         return function(*arrays, **(arguments | traced))
 
-    return jax.sharding.auto_axes(inside, out_sharding=results)(traced, *arrays)
+    # Axes that are Manual, within a jax.shard_map over some, stay so.
+    compiled = jax.sharding.auto_axes(
+        inside, axes=explicit_axes(mesh), out_sharding=results
+    )
+    return compiled(traced, *arrays)

@@ -231,7 +231,7 @@ def scale_matrices(
     rows = math.prod(x.shape[axis] for axis in axes.fan_in)
     columns = math.prod(x.shape[axis] for axis in axes.fan_out)
     if not axes.splits:
-        return x * factor(rows, columns)
+        return x * jnp.asarray(factor(rows, columns), x.dtype)
     # One number for each column, in the order and the places of fan_out.
     numbers = [jnp.full(n, factor(rows, n), x.dtype) for n in axes.splits]
     row = MatrixAxes((), axes.fan_out)

@@ -114,3 +114,35 @@ def test_polar_factor_of_a_sharded_array(spec: P) -> None:
     expected = polar_factor(x, **arguments)
     atol = RTOL * float(np.abs(expected).max())
     np.testing.assert_allclose(y, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", ["came", "adafactor", "dion", "muon"])
+def test_gradients_from_no_mesh(name: str) -> None:
+    """Such as those of NumPy, beside parameters and state that have one."""
+    tx = FACTORIES[name](1e-2)
+    params, grads = normal(SHAPES), normal(SHAPES, seed=1)
+    expected, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    mesh = make_mesh(AxisType.Explicit, fsdp=4, tensor=2)
+    placed = place(params, mesh, SPECS)
+    host = jax.tree.map(np.asarray, grads)
+    with jax.set_mesh(mesh):
+        updates, _ = jax.jit(tx.update)(host, jax.jit(tx.init)(placed), placed)
+    assert_trees_close(updates, expected, rtol=RTOL_OF.get(name, RTOL))
+
+
+def test_polar_factor_within_a_shard_map_over_some_axes() -> None:
+    (x,) = normal({"x": (4, 16, 64)}).values()
+    arguments = {"compute_dtype": "float32", "ns_steps": 2}
+    mesh = make_mesh(AxisType.Explicit, fsdp=4, tensor=2)
+    placed = jax.device_put(x, NamedSharding(mesh, P("fsdp", None, "tensor")))
+    with jax.set_mesh(mesh):
+        factor = jax.shard_map(
+            lambda x: polar_factor(x, **arguments),
+            axis_names={"fsdp"},
+            in_specs=P("fsdp"),
+            out_specs=P("fsdp"),
+        )
+        y = jax.jit(factor)(placed)
+    expected = polar_factor(x, **arguments)
+    atol = RTOL * float(np.abs(expected).max())
+    np.testing.assert_allclose(y, expected, rtol=0, atol=atol)
