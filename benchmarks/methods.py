@@ -78,6 +78,13 @@ METHODS = (
         "memory is short, or matrices dominate and Muon fits",
     ),
     Method(
+        "adamw8bit",
+        ox.adamw8bit(0.1),
+        arxiv("2110.02861"),
+        "AdamW where its state does not fit",
+        "models whose parameters are small, or mostly embeddings",
+    ),
+    Method(
         "amsgrad",
         ox.amsgrad(0.1),
         arxiv("1904.09237"),
@@ -153,6 +160,13 @@ METHODS = (
         arxiv("2302.06675"),
         "half of AdamW's state; learning rate 3 to 10 times smaller",
         "small batches: the sign of noise is noise",
+    ),
+    Method(
+        "lion8bit",
+        ox.lion8bit(0.1),
+        arxiv("2302.06675", "2110.02861"),
+        "Lion in an eighth of AdamW's state",
+        "as Lion; models whose parameters are small",
     ),
     Method(
         "signum",

@@ -106,17 +106,28 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Task:
-    """What every optimizer is given alike."""
+    """What every optimizer is given alike.
+
+    Attributes:
+        model: The model.
+        text: What it learns.
+        steps: Length of a run.
+        seed: Of the initial parameters and the order of the data.
+        param_dtype: Dtype in which parameters are kept; they are computed with in
+            float32.
+    """
 
     model: GPT
     text: Text
     steps: int
     seed: int
+    param_dtype: str = "float32"
 
     def initial_params(self) -> Any:
         """The parameters that every run starts from."""
         tokens = jnp.zeros((1, self.model.config.context), jnp.int32)
-        return jax.jit(self.model.init)(jax.random.key(self.seed), tokens)["params"]
+        params = jax.jit(self.model.init)(jax.random.key(self.seed), tokens)["params"]
+        return optax.tree.cast(params, self.param_dtype)
 
     def batch(self, step: int) -> np.ndarray:
         """The data of one step; see `training_batch`."""
@@ -139,7 +150,7 @@ class Trainer:
         self.interruption = interruption
         self.console = console
         model = task.model
-        self._loss = partial(next_token_loss, model)
+        self._loss = partial(loss_in_float32, model)
         self._validation_loss = jax.jit(self._loss)
         self._validation_batches = validation_batches(
             task.text.validation,
@@ -233,7 +244,7 @@ class Trainer:
         """Lets the model write some code."""
         tokens = generate(
             self.task.model,
-            params,
+            optax.tree.cast(params, "float32"),
             jnp.asarray(list(SAMPLE_PROMPT.encode())),
             jax.random.key(self.task.seed),
             length=SAMPLE_LENGTH,
@@ -276,6 +287,11 @@ class Trainer:
             yield report
 
 
+def loss_in_float32(model: GPT, params: Any, windows: jax.Array) -> jax.Array:
+    """Computes the loss of parameters of any dtype in float32."""
+    return next_token_loss(model, optax.tree.cast(params, "float32"), windows)
+
+
 def build_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     """Builds an optimizer with the schedule that all of them share."""
     warmup = max(1, round(WARMUP_SHARE * steps))
@@ -298,6 +314,7 @@ def run_settings(task: Task, recipe: Recipe) -> dict[str, Any]:
         "context": task.model.config.context,
         "batch": BATCH,
         "learning_rate": recipe.learning_rate,
+        "param_dtype": task.param_dtype,
         "text": task.text.digest,
     }
 

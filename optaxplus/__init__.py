@@ -18,6 +18,7 @@ from optaxplus.optimizers.layerwise import lamb, lars
 from optaxplus.optimizers.muon import muon
 from optaxplus.optimizers.muon_variants import adamuon, normuon
 from optaxplus.optimizers.qk_clip import qk_clip
+from optaxplus.optimizers.quantized import adamw8bit, lion8bit
 from optaxplus.optimizers.scion import scion
 from optaxplus.optimizers.sign import lion, signum
 from optaxplus.optimizers.variance_reduced import mars
@@ -28,6 +29,27 @@ from optaxplus.partition.inference import (
 )
 from optaxplus.partition.routing import route
 from optaxplus.partition.rules import DEFAULT_RULES, LORA_RULES, Rule, stacked
+from optaxplus.precision.loss_scale import (
+    LossScaleState,
+    dynamic_loss_scale,
+    loss_scale,
+    skipped_steps,
+)
+from optaxplus.precision.quantized_state import (
+    QuantizedArray,
+    QuantizedState,
+    dequantize_state,
+    quantize_state,
+)
+from optaxplus.precision.weights import (
+    CompensatedState,
+    MasterWeightsState,
+    SplitWeightsState,
+    StochasticRoundingState,
+    compensated,
+    master_weights,
+    stochastic_rounding,
+)
 from optaxplus.report.memory import MemoryReport, memory_report
 from optaxplus.report.placement_plan import PlacementPlan, plan_placement
 from optaxplus.report.routing_table import RoutingTable, explain_routing
@@ -90,15 +112,20 @@ __all__ = [
     "LORA_RULES",
     "AccumulateState",
     "CautiousState",
+    "CompensatedState",
     "DescendState",
     "FactoredRmsState",
     "LookaheadState",
+    "LossScaleState",
     "MarsCorrectionState",
+    "MasterWeightsState",
     "MatrixAxes",
     "MemoryReport",
     "NormalizeNeuronsState",
     "Placement",
     "PlacementPlan",
+    "QuantizedArray",
+    "QuantizedState",
     "RoutingTable",
     "Rule",
     "ScaleByAdagradState",
@@ -117,6 +144,8 @@ __all__ = [
     "ScaleByRadamState",
     "ScaleByRmspropState",
     "ScaleByStableAdamState",
+    "SplitWeightsState",
+    "StochasticRoundingState",
     "accumulate",
     "adafactor",
     "adagrad",
@@ -124,6 +153,7 @@ __all__ = [
     "adam_mini",
     "adamuon",
     "adamw",
+    "adamw8bit",
     "adan",
     "ademamix",
     "adopt",
@@ -134,9 +164,12 @@ __all__ = [
     "chain_in_float32",
     "clip_by_global_norm",
     "clip_update_rms",
+    "compensated",
     "decay_mask",
+    "dequantize_state",
     "descend",
     "dion",
+    "dynamic_loss_scale",
     "explain_routing",
     "factored_rms",
     "infer_matrix_axes",
@@ -145,9 +178,12 @@ __all__ = [
     "lamb",
     "lars",
     "lion",
+    "lion8bit",
     "lookahead",
+    "loss_scale",
     "mars",
     "mars_correction",
+    "master_weights",
     "memory_report",
     "muon",
     "nadam",
@@ -158,6 +194,7 @@ __all__ = [
     "partition",
     "plan_placement",
     "qk_clip",
+    "quantize_state",
     "radam",
     "ranger",
     "rmsprop",
@@ -185,8 +222,10 @@ __all__ = [
     "scion",
     "sgd",
     "signum",
+    "skipped_steps",
     "stable_adamw",
     "stacked",
     "state_sharding",
+    "stochastic_rounding",
     "trust_ratio",
 ]

@@ -95,9 +95,9 @@ def widen(x: jax.Array) -> jax.Array:
 def scalar_for(scalar: ArrayLike, x: jax.Array) -> Scalar:
     """A scalar of the program in the real dtype in which the leaf `x` is computed.
 
-    Python numbers stay: they take the dtype of whatever they meet.
+    Python numbers stay: they take the dtype of whatever they meet. NumPy's do not.
     """
-    if isinstance(scalar, int | float):
+    if isinstance(scalar, int | float) and not isinstance(scalar, np.generic):
         return scalar
     return jnp.asarray(scalar).astype(real_dtype(compute_dtype(x.dtype)))
 

@@ -17,7 +17,9 @@ import numpy as np
 import optax
 
 __all__ = [
+    "check_at_least",
     "check_at_most",
+    "check_below_one",
     "check_choice",
     "check_decay_rate",
     "check_epsilon",
@@ -144,6 +146,14 @@ def check_at_most(function: str, largest: float, **values: Any) -> None:
     for argument, value in values.items():
         _check_number(
             function, argument, value, lambda x: x <= largest, f"at most {largest:g}"
+        )
+
+
+def check_at_least(function: str, smallest: float, **values: Any) -> None:
+    """Refuses numbers below `smallest`."""
+    for argument, value in values.items():
+        _check_number(
+            function, argument, value, lambda x: x >= smallest, f"at least {smallest:g}"
         )
 
 

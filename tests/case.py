@@ -52,6 +52,8 @@ class Case:
             for ten steps in float64, from which the start is subtracted.
         twin: Learning rate -> the optax transformation that does the same.
         branches: State -> which branches it shows to have been taken, by name.
+        is_wide: Whether it emits float32 whatever the gradient's dtype; None: as links
+            do, and named optimizers do not.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Case:
     torch_rtol: float = 1e-9
     twin: Callable[[Any], optax.GradientTransformation] | None = None
     branches: Callable[[Any], Mapping[str, bool]] | None = None
+    is_wide: bool | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -82,6 +85,11 @@ class Case:
     def is_link(self) -> bool:
         """Whether it is a link of chains rather than a named optimizer."""
         return self.learning_rate is None
+
+    @property
+    def emits_float32(self) -> bool:
+        """Whether updates are float32 whatever the gradient's dtype."""
+        return self.is_link if self.is_wide is None else self.is_wide
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:

@@ -61,7 +61,7 @@ def test_types_of_states_and_updates(case: Case) -> None:
             updates, after = jax.eval_shape(tx.update, grads, state, params)
         assert_same_types(after, state)
         assert_same_types(
-            updates, problems.cast(grads, "float32") if case.is_link else grads
+            updates, problems.cast(grads, "float32") if case.emits_float32 else grads
         )
 
 
@@ -177,7 +177,7 @@ def test_zero_gradient(case: Case) -> None:
         assert_finite((updates, state))
         for update in still:
             assert_trees_equal(
-                update, problems.cast(zeros, "float32") if case.is_link else zeros
+                update, problems.cast(zeros, "float32") if case.emits_float32 else zeros
             )
         expected = jax.tree.map(
             lambda p, role: case.zero_gradient(

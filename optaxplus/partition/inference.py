@@ -47,6 +47,7 @@ __all__ = [
     "infer_roles",
     "label_of_role",
     "label_params",
+    "roles_by_path",
 ]
 
 
@@ -142,6 +143,22 @@ def decide(
     if leaves:
         _check_required(function, rules, list(shapes))
     return decisions
+
+
+def roles_by_path(
+    function: str, params: PyTree, rules: Sequence[Rule] = DEFAULT_RULES
+) -> dict[str, str | None]:
+    """The role of every parameter, None where the rules do not decide it.
+
+    Arguments and errors as in `decide`, but for parameters that are undecided.
+    """
+    rules = check_rules(function, rules)
+    _check_order(function, rules)
+    leaves = _by_path(function, params)
+    shapes = {path: jax.numpy.shape(leaf) for path, leaf in leaves.items()}
+    view = _View(function, shapes, is_masked=_is_masked(params))
+    firsts = {path: next(_answers(rules, path, view), None) for path in leaves}
+    return {path: first and first[0].role for path, first in firsts.items()}
 
 
 def _check_order(function: str, rules: Sequence[Rule]) -> None:

@@ -18,6 +18,7 @@ from tests.cases import (
     matrix,
     scion,
     sign,
+    storage,
     wrapped,
 )
 from tests.cases.expectations import BFLOAT16_RTOL, NEWTON_SCHULZ_RTOL
@@ -41,6 +42,7 @@ NAMED = [
     *wrapped.CASES,
     *matrix.CASES,
     *scion.CASES,
+    *storage.CASES,
 ]
 CASES = [*LINKS, *NAMED]
 

@@ -1,0 +1,322 @@
+"""Arrays in 8 bits: a code of one byte for every entry, a scale for every block.
+
+    x ≈ s·f(c),      s = max |x| of the block,      c an integer, f(c) in [-1, 1]
+
+"quartic":  f(c) = sign(c)·(|c|/127)⁴, or (c/255)⁴ where no x is negative
+"dynamic":  f(c) = the c-th entry of the map of bitsandbytes, see `dynamic_map`
+
+Codes have the shape of the array. Blocks lie along one axis, the last but one if it is
+long enough: a maximum along the last axis, in which TPUs and vector units lay out their
+lanes, costs several times as much.
+
+Sources: block-wise quantization and the dynamic map, Dettmers et al., 8-bit optimizers
+via block-wise quantization, arXiv 2110.02861, sections 2.1 and 2.2; codes by arithmetic
+in place of a table as in FlashOptim, arXiv 2602.23349. The fourth power is the one of
+the simple codes (powers, logarithms, floating-point formats) that changes the updates
+of Adam least, see benchmarks/state_codes.py.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optaxplus.numerics.explicit_axes import explicit_axes, left_to_compiler
+
+__all__ = [
+    "CODES",
+    "Blocks",
+    "Code",
+    "blocks_of",
+    "dequantize",
+    "dynamic_map",
+    "quantize",
+    "quartic_code",
+]
+
+# Scales are at least the smallest float32 that is not denormal; compilers take smaller
+# numbers for 0.
+_TINY = float(np.finfo(np.float32).tiny)
+
+# Adding it to a float32 leaves the nearest integer in the low bits, ties to even.
+_ROUNDER = 1.5 * 2.0**23
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which entries of an array share a scale.
+
+    Attributes:
+      axis: The axis along which blocks lie, non-negative.
+      count: Blocks along the axis.
+      groups: Groups of a block; the last block may have fewer.
+      group: Entries of a group. Groups divide the axis, so that its blocks can be
+        found without padding an array, or moving it between devices.
+    """
+
+    axis: int
+    count: int
+    groups: int
+    group: int
+
+
+def blocks_of(shape: tuple[int, ...], block_size: int) -> Blocks:
+    """The blocks of an array.
+
+    They lie along the last axis but one if that has at least block_size / 2 entries,
+    else along the longest axis before the last of which the same is true, else along
+    the longest axis. They have at most block_size entries and are as many as
+    it takes, and about equally long.
+    """
+    long = [axis for axis in range(len(shape) - 1) if 2 * shape[axis] >= block_size]
+    if long:
+        axis = long[-1] if long[-1] == len(shape) - 2 else max(long, key=_at(shape))
+    else:
+        axis = max(range(len(shape)), key=_at(shape))
+    size = max(1, shape[axis])
+    count = -(-size // block_size)
+    # Registers of TPUs hold eight rows.
+    rows = math.gcd(8, size)
+    if size % (count * rows) == 0:
+        return Blocks(axis, count, groups=1, group=size // count)
+    count = -(-size // (block_size // rows * rows))
+    return Blocks(axis, count, groups=-(-size // (rows * count)), group=rows)
+
+
+def _at(shape: tuple[int, ...]) -> Callable[[int], int]:
+    return lambda axis: shape[axis]
+
+
+def quantize(
+    x: jax.Array,
+    *,
+    signed: bool,
+    code: str = "quartic",
+    block_size: int = 256,
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of an array.
+
+    Args:
+      x: Real floating-point array with at least one axis.
+      signed: Whether entries may be negative. A positive entry of an unsigned array
+        never gets the code of 0.
+      code: Name in `CODES`.
+      block_size: Largest number of entries that share a scale.
+
+    Returns:
+      Codes of the shape of `x`, int8 for the signed "quartic" and uint8 otherwise, and
+      scales in the dtype of `x`, at least float32, with one entry a block in the axis
+      of `blocks_of`. Entries that are not finite leave the scale alone; see `CODES`
+      for what becomes of them.
+    """
+    blocks = blocks_of(x.shape, block_size)
+    sharding = jax.typeof(x).sharding
+
+    def inside(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        size = jnp.abs(wide)
+        finite = jnp.where(size < jnp.inf, size, 0.0)
+        scales = _block_max(jnp.maximum(finite, _TINY), blocks)
+        ratio = _ratio(size, scales, blocks).astype(jnp.float32)
+        sign = wide.astype(jnp.float32) if signed else None
+        return CODES[code].encode(ratio, sign), scales
+
+    return left_to_compiler(
+        inside, x, shardings=(sharding, _scales_sharding(sharding, blocks))
+    )
+
+
+def dequantize(
+    codes: jax.Array,
+    scales: jax.Array,
+    *,
+    signed: bool,
+    code: str = "quartic",
+    block_size: int = 256,
+) -> jax.Array:
+    """The array of which these are the codes and scales, in the dtype of the scales."""
+    blocks = blocks_of(codes.shape, block_size)
+
+    def inside(codes: jax.Array, scales: jax.Array) -> jax.Array:
+        ratio = CODES[code].decode(codes, signed).astype(scales.dtype)
+        x = ratio * _spread(scales, blocks, codes.shape)
+        # What was positive stays so where the product underflows.
+        return x if signed else jnp.maximum(x, _TINY)
+
+    return left_to_compiler(inside, codes, scales, shardings=jax.typeof(codes).sharding)
+
+
+def _scales_sharding(sharding: NamedSharding, blocks: Blocks) -> NamedSharding:
+    """That of the array, replicated along the blocks' axis where it does not divide."""
+    mesh = sharding.mesh
+    if not explicit_axes(mesh):
+        return sharding
+    spec = list(sharding.spec)
+    names = spec[blocks.axis] or ()
+    names = names if isinstance(names, tuple) else (names,)
+    if blocks.count % math.prod(mesh.shape[name] for name in names):
+        spec[blocks.axis] = None
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _block_max(x: jax.Array, blocks: Blocks) -> jax.Array:
+    """The largest entry of every block; `x` is not negative."""
+    axis = blocks.axis
+    x = _max_in_parts(x, axis, blocks.group)
+    missing = blocks.count * blocks.groups - x.shape[axis]
+    if missing:
+        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+    return _max_in_parts(x, axis, blocks.groups)
+
+
+def _ratio(size: jax.Array, scales: jax.Array, blocks: Blocks) -> jax.Array:
+    """`size` over the scale of its block."""
+
+    def multiplied(size: jax.Array, scales: jax.Array) -> jax.Array:
+        # The division also keeps XLA from finding the maximum anew for every entry.
+        return size * _spread(1.0 / scales, blocks, size.shape)
+
+    def divided(size: jax.Array, scales: jax.Array) -> jax.Array:
+        # Inverse scales would be one more loop on an accelerator.
+        return size / _spread(scales, blocks, size.shape)
+
+    return lax.platform_dependent(size, scales, cpu=multiplied, default=divided)
+
+
+def _max_in_parts(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """The largest of every `length` entries along an axis."""
+    x = x.reshape(*x.shape[:axis], -1, length, *x.shape[axis + 1 :])
+    return lax.platform_dependent(
+        x, cpu=lambda x: _max_of_slices(x, axis + 1), default=lambda x: x.max(axis + 1)
+    )
+
+
+def _max_of_slices(x: jax.Array, axis: int) -> jax.Array:
+    """`x.max(axis)` as maxima of slices, at most eight at a time.
+
+    XLA computes what it reduces before it reduces it on CPUs, and keeps all of it;
+    slices it computes on the way.
+    """
+    while (length := x.shape[axis]) > 1:
+        parts = next((n for n in range(8, 1, -1) if length % n == 0), length)
+        if parts > 8:
+            return x.max(axis)
+        # Neighbours first: they are on one device.
+        x = x.reshape(*x.shape[:axis], length // parts, parts, *x.shape[axis + 1 :])
+        slices = [
+            lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(parts)
+        ]
+        x = functools.reduce(jnp.maximum, slices)
+    return lax.squeeze(x, (axis,))
+
+
+def _spread(scales: jax.Array, blocks: Blocks, shape: tuple[int, ...]) -> jax.Array:
+    """One scale for every entry of an array of `shape`."""
+    axis = blocks.axis
+    x = _repeated(scales, axis, blocks.groups)
+    x = lax.slice_in_dim(x, 0, shape[axis] // blocks.group, axis=axis)
+    return _repeated(x, axis, blocks.group)
+
+
+def _repeated(x: jax.Array, axis: int, times: int) -> jax.Array:
+    shape = (*x.shape[: axis + 1], times, *x.shape[axis + 1 :])
+    x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
+    return x.reshape(*shape[:axis], -1, *shape[axis + 2 :])
+
+
+@dataclass(frozen=True)
+class Code:
+    """A code for numbers in [-1, 1].
+
+    Attributes:
+      encode: (ratios, signs) -> codes. Ratios are the sizes of the numbers, float32,
+        and may exceed 1 by a rounding; the second argument has their signs, and is None
+        if none is negative.
+      decode: (codes, signed) -> float32 ratios.
+    """
+
+    encode: Callable[[jax.Array, jax.Array | None], jax.Array]
+    decode: Callable[[jax.Array, bool], jax.Array]
+
+
+def quartic_code(sizes: int = 127, unsigned_sizes: int = 255) -> Code:
+    """The code of fourth powers.
+
+    Args:
+      sizes: Sizes besides 0 of a number that may be negative. <= 127.
+      unsigned_sizes: Sizes of a number that may not. <= 255.
+    """
+
+    def encode(ratio: jax.Array, sign: jax.Array | None) -> jax.Array:
+        # What is not finite gets the code 0.
+        if sign is None:
+            ratio = jnp.maximum(ratio, float(unsigned_sizes) ** -4)
+            root = jnp.sqrt(jnp.sqrt(ratio))
+            return _nearest(unsigned_sizes * root).astype(jnp.uint8)
+        root = sizes * jnp.sqrt(jnp.sqrt(ratio))
+        sign_bit = _bits(sign) & np.int32(-(2**31))
+        signed_root = lax.bitcast_convert_type(_bits(root) | sign_bit, jnp.float32)
+        return _nearest(signed_root).astype(jnp.int8)
+
+    def decode(codes: jax.Array, signed: bool) -> jax.Array:
+        root = codes.astype(jnp.float32) * (1.0 / (sizes if signed else unsigned_sizes))
+        square = root * root
+        if signed:
+            return square * root * jnp.abs(root)
+        return jnp.where(codes == 0, jnp.inf, square * square)
+
+    return Code(encode, decode)
+
+
+def _nearest(x: jax.Array) -> jax.Array:
+    """The nearest integer, ties to even, in the low bits of an int32; |x| < 2^22.
+
+    NaN and infinity leave 0 in the low byte.
+    """
+    return _bits(x + _ROUNDER)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def dynamic_map(signed: bool) -> np.ndarray:
+    """The 256 entries of bitsandbytes' `create_dynamic_map`, float32, ascending.
+
+    Seven decades, with twice as many entries in each as in the next smaller one, 0
+    and 1. Not symmetric: there is no -1.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        bins = 2**exponent * (1 if signed else 2)
+        edges = np.linspace(0.1, 1.0, bins + 1, dtype=np.float32)
+        centers = (edges[:-1] + edges[1:]) / 2 * np.float32(10.0 ** (exponent - 6))
+        values += [*centers, *(-centers if signed else ())]
+    return np.sort(np.asarray(values, np.float32))
+
+
+def _encode_dynamic(ratio: jax.Array, sign: jax.Array | None) -> jax.Array:
+    table = dynamic_map(signed=sign is not None)
+    midpoints = (table[1:] + table[:-1]) / 2
+    x = ratio if sign is None else jnp.where(sign < 0, -ratio, ratio)
+    # What is in the middle of two entries goes up; what is not finite goes to an end.
+    codes = jnp.searchsorted(midpoints, x, side="right")
+    if sign is None:
+        codes = jnp.maximum(codes, 1)
+    return codes.astype(jnp.uint8)
+
+
+def _decode_dynamic(codes: jax.Array, signed: bool) -> jax.Array:
+    return jnp.asarray(dynamic_map(signed))[codes.astype(jnp.int32)]
+
+
+CODES: dict[str, Code] = {
+    "quartic": quartic_code(),
+    "dynamic": Code(_encode_dynamic, _decode_dynamic),
+}

@@ -1,0 +1,1 @@
+"""Wrappers that keep state and weights in fewer bits."""

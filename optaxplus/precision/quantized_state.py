@@ -1,0 +1,301 @@
+"""Optimizer state in 8 bits, around any transformation.
+
+    u, m <- inner(g, decode(c)),      c <- encode(m)
+
+The update is that of the exact m: codes only carry it to the next step.
+
+Codes and their sources: `optaxplus.numerics.quantization`.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxplus import trees, validation
+from optaxplus.custom_types import PyTree
+from optaxplus.numerics.quantization import CODES, dequantize, quantize
+from optaxplus.partition.inference import roles_by_path
+from optaxplus.partition.rules import DEFAULT_RULES, Rule
+
+__all__ = [
+    "MOMENTS",
+    "QuantizedArray",
+    "QuantizedState",
+    "dequantize_state",
+    "quantize_state",
+]
+
+MOMENTS: Mapping[str, str] = MappingProxyType(
+    {
+        "ema": "signed",
+        "mu": "signed",
+        "mu_diff": "signed",
+        "mu_slow": "signed",
+        "nu": "unsigned",
+        "nu_max": "unsigned",
+        "sum_of_squares": "unsigned",
+        "trace": "signed",
+    }
+)
+"""Fields of states, ours and optax's, that hold averages or sums of what `update` was
+given, and whether they may be negative. Not among them are fields whose exact value
+counts: parameters (`slow`, masters), earlier gradients that the next ones are
+subtracted from, bases, sums over micro-batches."""
+
+# They subtract the square of mu from nu, of which little is left where both are coded.
+_CENTERED = ("ScaleByRStdDevState", "ScaleByRmspropState")
+
+_FOUR_BITS = (
+    "4 are too few: 7 sizes of a first moment, 15 of a second, with which no code that "
+    "was tried trained as float32 does (see benchmarks/state_codes.py)"
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantizedArray:
+    """An array as codes and scales.
+
+    Attributes:
+      codes: One byte an entry, in the shape and sharding of the array.
+      scales: At least float32, one number a block, in the shape of the array but for
+        the axis along which blocks lie.
+      signed: Whether entries may be negative. Static.
+      code: Name of the code. Static.
+      block_size: Largest number of entries of a block. Static.
+      dtype: Name of the dtype of the array. Static.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    signed: bool = field(metadata={"static": True})
+    code: str = field(metadata={"static": True})
+    block_size: int = field(metadata={"static": True})
+    dtype: str = field(metadata={"static": True})
+
+    def dequantize(self) -> jax.Array:
+        """The array."""
+        x = dequantize(
+            self.codes,
+            self.scales,
+            signed=self.signed,
+            code=self.code,
+            block_size=self.block_size,
+        )
+        return x.astype(self.dtype)
+
+    def like(self, x: jax.Array) -> "QuantizedArray":
+        """The array `x` with the same code and blocks."""
+        return _encoded(x, self.signed, self.code, self.block_size)
+
+
+class QuantizedState(NamedTuple):
+    """State of `quantize_state`."""
+
+    inner_state: Any  # of the wrapped one, with a `QuantizedArray` for a large moment
+
+
+def dequantize_state(state: PyTree) -> PyTree:
+    """Reads the codes of a state. For looking at it: `update` takes it as it is.
+
+    Args:
+      state: Any pytree.
+
+    Returns:
+      The tree with every `QuantizedArray` replaced by the array that it stands for.
+    """
+    return jax.tree.map(
+        lambda node: node.dequantize() if _is_quantized(node) else node,
+        state,
+        is_leaf=_is_quantized,
+    )
+
+
+def _is_quantized(node: Any) -> bool:
+    return isinstance(node, QuantizedArray)
+
+
+def quantize_state(
+    inner: optax.GradientTransformation,
+    *,
+    bits: int = 8,
+    block_size: int = 256,
+    min_size: int = 4096,
+    code: str = "quartic",
+    keep: Collection[str] = ("embedding",),
+    rules: Sequence[Rule] = DEFAULT_RULES,
+    fields: Mapping[str, str] = MOMENTS,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the large moments of any transformation in 8 bits.
+
+    Each moment becomes one byte an entry and a float32 scale for every `block_size`
+    entries: of AdamW's 8 bytes per parameter 2.03 are left, of Lion's and Muon's 4
+    1.02. Codes have the parameter's shape and lie as it does on a mesh; blocks lie
+    along the last axis but one where it is long enough, see
+    `optaxplus.numerics.quantization.blocks_of`. State is ordinary arrays, which Orbax
+    saves as they are.
+
+    What is kept in float32: parameters with fewer than `min_size` entries or of a role
+    in `keep`, whose rows meet a gradient rarely; moments of another shape than their
+    parameter (row and column sums); complex moments; everything that is no moment.
+
+    Accuracy: an entry is off by at most half of the distance to the next code, which
+    for "quartic" is 3 % of a first moment as large as the largest of its block, 6 % of
+    one sixteenth of it, 12 % of one of 1/256 (second moments: half of that), and first
+    moments below 4e-9 of the largest become 0. A second moment never becomes 0: it is
+    at least 2e-10 of the largest in its block, and the smallest normal float32. NaN and
+    infinite entries leave their block alone; a first moment forgets them (0), a second
+    one stays infinite, with an update of 0. Scales are exact, so results do not depend
+    on the scale of the gradient.
+
+    Init computes the float32 state of `inner` and then its codes, one leaf after the
+    other; `jax.jit(tx.init)` makes the codes alone.
+
+    Args:
+      inner: Any transformation, ours or optax's; inside of it are the moments, so it
+        may be a whole optimizer.
+      bits: 8. Static.
+      block_size: Largest number of entries that share a scale. >= 8. Static.
+      min_size: Parameters with fewer entries keep float32 moments. >= 1. Static.
+      code: "quartic", the fourth power of an integer, or "dynamic", the map of
+        bitsandbytes, which is less accurate and slower. Static.
+      keep: Roles whose moments stay in float32, see `optaxplus.infer_roles`. A
+        parameter that `rules` cannot decide has no role. Static.
+      rules: Ordered rules that give the roles; put your own in front. Static.
+      fields: Names of the fields of states that are moments, with "signed" or
+        "unsigned", for a transformation whose fields have other names than those of
+        `optaxplus.precision.quantized_state.MOMENTS`. Static.
+
+    Returns:
+      A transformation with state `QuantizedState` that emits what `inner` emits.
+
+    Raises:
+      TypeError: If an argument has a wrong type.
+      ValueError: If an argument is out of range, if `inner` is quantized already, has
+        large state in fields with other names only, or subtracts its moments from each
+        other (centered RMSProp).
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((512, 512))}}
+      >>> tx = ox.quantize_state(optax.adamw(1e-3))
+      >>> state = tx.init(params)
+      >>> print(sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 512**2)
+      2.03...
+
+    References:
+      Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv 2110.02861.
+    """
+    name = "quantize_state"
+    validation.check_transformation(name, "inner", inner)
+    validation.check_int(name, minimum=1, bits=bits, min_size=min_size)
+    validation.check_int(name, minimum=8, block_size=block_size)
+    validation.check_choice(name, "code", code, CODES)
+    if bits != 8:
+        reason = f"; {_FOUR_BITS}" if bits == 4 else ""
+        raise ValueError(f"{name}: bits={bits} is not allowed; it must be 8{reason}.")
+    for field_name, kind in fields.items():
+        validation.check_choice(
+            name, f"fields[{field_name!r}]", kind, ("signed", "unsigned")
+        )
+    if isinstance(keep, str):
+        raise TypeError(
+            f"{name}: keep={keep!r} is not allowed; it must be a collection of roles, "
+            f"such as ({keep!r},)."
+        )
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init_fn(params: PyTree) -> QuantizedState:
+        state = wrapped.init(params)
+        _check_inner(name, state)
+        roles = roles_by_path(name, params, rules)
+        shapes = {
+            path: leaf.shape
+            for path, leaf in trees.leaves_with_paths(params)
+            if leaf.ndim and leaf.size >= min_size and roles[path] not in keep
+        }
+        flat, structure = jax.tree_util.tree_flatten_with_path(
+            state, is_leaf=trees.is_holder
+        )
+        nodes, found = [], set()
+        for key_path, node in flat:
+            (x,) = jax.tree.leaves(node)
+            field_name = _field_of(key_path, x, shapes)
+            if field_name is not None:
+                found.add(field_name)
+            if field_name is not None and field_name in fields:
+                kind = fields[field_name]
+                encoded = _encoded(x, kind == "signed", code, block_size)
+                # Linen's boxes are in the gradients too; NNX's are taken off by then.
+                is_boxed = hasattr(node, "replace_boxed")
+                node = node.replace_boxed(encoded) if is_boxed else encoded
+            nodes.append(node)
+        if found and not found & set(fields):
+            raise ValueError(
+                f"{name}: inner has no moment that is known to be one. Name those "
+                f"among its fields {', '.join(map(repr, sorted(found)))}, such as "
+                f"fields={{{min(found)!r}: 'signed'}}, or 'unsigned' where they are "
+                "never negative."
+            )
+        return QuantizedState(jax.tree.unflatten(structure, nodes))
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, QuantizedState]:
+        updates, new = wrapped.update(
+            updates, dequantize_state(state.inner_state), params, **extra_args
+        )
+        encoded = jax.tree.map(
+            lambda old, leaf: old.like(leaf) if _is_quantized(old) else leaf,
+            state.inner_state,
+            new,
+            is_leaf=_is_quantized,
+        )
+        return updates, QuantizedState(encoded)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_inner(function: str, state: PyTree) -> None:
+    """Refuses a state whose moments cannot be coded."""
+
+    def is_refused(node: Any) -> bool:
+        return _is_quantized(node) or _is_centered(node)
+
+    for node in filter(is_refused, jax.tree.leaves(state, is_leaf=is_refused)):
+        if _is_quantized(node):
+            raise ValueError(
+                f"{function}: inner is quantized already; take away one of the two."
+            )
+        raise ValueError(
+            f"{function}: the centered RMSProp inside of inner subtracts the square of "
+            "a mean from a mean square, of which the rounding of both leaves little; "
+            "use centered=False."
+        )
+
+
+def _is_centered(node: Any) -> bool:
+    return type(node).__name__ in _CENTERED and node.mu is not None
+
+
+def _field_of(
+    key_path: tuple[Any, ...], x: jax.Array, shapes: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """The field of a state that holds `x` for a parameter in `shapes`, if one does."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    for index, key in enumerate(key_path):
+        path = trees.path_text(key_path[index + 1 :])
+        if hasattr(key, "name") and shapes.get(path) == x.shape:
+            return key.name
+    return None
+
+
+def _encoded(x: jax.Array, signed: bool, code: str, block_size: int) -> QuantizedArray:
+    codes, scales = quantize(x, signed=signed, code=code, block_size=block_size)
+    return QuantizedArray(codes, scales, signed, code, block_size, x.dtype.name)

@@ -1,0 +1,433 @@
+"""Weights in bfloat16 or float16 that do not lose their updates.
+
+bfloat16 has 8 significant bits: an update below 1/512 of its weight is rounded away,
+and most are smaller. With weights p, the update u of the inner optimizer, and round()
+to the dtype of p:
+
+    master, 32 bits:        w <- w + u,                 p <- round(w)
+    master, 24 bits:        w <- w + u to 16 bits,      p <- round(w),   c <- w - p
+    stochastic rounding:    p <- one of the two numbers beside p + u, p + u on average
+    compensated:            p' <- round(p + u + c),     c <- (p + u + c) - p',   p <- p'
+
+What is emitted is the float32 number that makes `optax.apply_updates` arrive at the
+new p exactly.
+
+Sources: Micikevicius et al., Mixed precision training, arXiv 1710.03740, section 3.1;
+24 bits as in FlashOptim, arXiv 2602.23349, here with stochastic rounding; Kahan,
+Pracniques: further remarks on reducing truncation errors, CACM 8 (1965), and Zamirai et
+al., Revisiting bfloat16 training, arXiv 2010.06192, Algorithms 2 and 3, for
+compensated sums and stochastic rounding of weights.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxplus import trees, validation
+from optaxplus.custom_types import PyTree
+from optaxplus.numerics.rounding import (
+    NARROW,
+    join_weight,
+    noise_key,
+    round_stochastically,
+    round_to,
+    split_weight,
+    uniform_bits,
+)
+
+__all__ = [
+    "CompensatedState",
+    "MasterWeightsState",
+    "SplitWeightsState",
+    "StochasticRoundingState",
+    "compensated",
+    "master_weights",
+    "stochastic_rounding",
+]
+
+
+class MasterWeightsState(NamedTuple):
+    """State of `master_weights` with 32 bits."""
+
+    master: PyTree  # float32 weights w; None beside parameters that are wide themselves
+    inner_state: Any  # state of the wrapped optimizer
+
+
+class SplitWeightsState(NamedTuple):
+    """State of `master_weights` with 24 bits."""
+
+    count: jax.Array  # shape (), int32: finished updates
+    correction: PyTree  # int8: c in 1/256 of the spacing of p; None beside wide ones
+    inner_state: Any  # state of the wrapped optimizer
+
+
+class StochasticRoundingState(NamedTuple):
+    """State of `stochastic_rounding`."""
+
+    count: jax.Array  # shape (), int32: finished updates
+    inner_state: Any  # state of the wrapped optimizer
+
+
+class CompensatedState(NamedTuple):
+    """State of `compensated`."""
+
+    correction: PyTree  # like the parameters: c; None beside wide ones
+    inner_state: Any  # state of the wrapped optimizer
+
+
+_STATES = (
+    MasterWeightsState,
+    SplitWeightsState,
+    StochasticRoundingState,
+    CompensatedState,
+)
+
+
+def master_weights(
+    inner: optax.GradientTransformation, *, bits: int = 32, seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps a more precise copy of low-precision parameters in the state.
+
+    `inner` sees and moves the precise copy; the parameters are its rounding. Stands
+    outermost, over learning rate and decay. Parameters in float32 and wider pass
+    through, without a copy. Where somebody else changed a parameter since the last
+    update, as `optaxplus.qk_clip` does, it wins over the copy (with 24 bits up to half
+    of its last bit).
+
+    State beside that of `inner`: 4 bytes per low-precision parameter; with 24 bits 1.
+
+    Args:
+      inner: A whole optimizer. It gets gradients and parameters in float32.
+      bits: 32, a float32 copy; or 24, the 16 bits of the parameter and 8 more, rounded
+        stochastically, so that updates below their resolution (2^-16 of a parameter in
+        bfloat16) are kept on average. Static.
+      seed: Of the noise with 24 bits; other seeds round otherwise. Static.
+
+    Returns:
+      A transformation with state `MasterWeightsState` or `SplitWeightsState` that needs
+      params and emits float32.
+
+    Raises:
+      TypeError: If `inner` is no transformation or an argument has a wrong type.
+      ValueError: If `bits` is another number, `inner` keeps weights already, or
+        `update` is called without params.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> params = jnp.ones(2, jnp.bfloat16)
+      >>> tx = ox.master_weights(ox.sgd(1e-3))
+      >>> state = tx.init(params)
+      >>> for _ in range(10):
+      ...     updates, state = tx.update(jnp.ones_like(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(params, round(float(state.master[0]), 4))
+      [0.988281 0.988281] 0.99
+    """
+    name = "master_weights"
+    validation.check_transformation(name, "inner", inner)
+    validation.check_int(name, minimum=1, bits=bits)
+    validation.check_int(name, minimum=0, seed=seed)
+    if bits == 32:
+        return _with_float32_copy(name, inner)
+    if bits == 24:
+        return _with_correction(name, inner, seed)
+    raise ValueError(f"{name}: bits={bits} is not allowed; it must be 24 or 32.")
+
+
+def _with_float32_copy(
+    name: str, inner: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init_fn(params: PyTree) -> MasterWeightsState:
+        wide = _widened(name, params)
+        return MasterWeightsState(
+            master=jax.tree.map(
+                lambda p, w: w if _is_narrow(p) else None, params, wide
+            ),
+            inner_state=_checked(name, wrapped.init(wide)),
+        )
+
+    def current(p: jax.Array, master: jax.Array | None) -> jax.Array:
+        wide = trees.widen(p)
+        if master is None:
+            return wide
+        # A parameter that is not the rounding of its copy was changed by somebody.
+        return jnp.where(round_to(master, p.dtype.name) == wide, master, wide)
+
+    def leaf(
+        u: jax.Array, p: jax.Array, master: jax.Array | None, w: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        if master is None:
+            return trees.widen(u), None
+        new = w + u
+        return round_to(new, p.dtype.name) - trees.widen(p), new
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, MasterWeightsState]:
+        validation.check_params(name, params)
+        weights = jax.tree.map(current, params, state.master)
+        updates, inner_state = _inner_update(
+            wrapped, updates, state.inner_state, weights, extra_args
+        )
+        updates, master = trees.map_several(
+            leaf, 2, updates, params, state.master, weights
+        )
+        return updates, MasterWeightsState(master, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_correction(
+    name: str, inner: optax.GradientTransformation, seed: int
+) -> optax.GradientTransformationExtraArgs:
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init_fn(params: PyTree) -> SplitWeightsState:
+        return SplitWeightsState(
+            count=jnp.zeros([], jnp.int32),
+            correction=jax.tree.map(
+                lambda p: jnp.zeros_like(p, jnp.int8) if _is_narrow(p) else None, params
+            ),
+            inner_state=_checked(name, wrapped.init(_widened(name, params))),
+        )
+
+    def current(p: jax.Array, correction: jax.Array | None) -> jax.Array:
+        wide = trees.widen(p)
+        if correction is None:
+            return wide
+        return join_weight(wide, correction, p.dtype.name)
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, SplitWeightsState]:
+        validation.check_params(name, params)
+        weights = jax.tree.map(current, params, state.correction)
+        updates, inner_state = _inner_update(
+            wrapped, updates, state.inner_state, weights, extra_args
+        )
+
+        def leaf(
+            u: jax.Array,
+            p: jax.Array,
+            correction: jax.Array | None,
+            w: jax.Array,
+            key: jax.Array,
+        ) -> tuple[jax.Array, jax.Array | None]:
+            if correction is None:
+                return trees.widen(u), None
+            bits = uniform_bits(key, p.shape)
+            nearest, rest = split_weight(w + u, p.dtype.name, bits)
+            return nearest - trees.widen(p), rest
+
+        updates, correction = trees.map_several(
+            leaf,
+            2,
+            updates,
+            params,
+            state.correction,
+            weights,
+            _keys(seed, state.count, updates),
+        )
+        count = trees.increment(state.count)
+        return updates, SplitWeightsState(count, correction, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def stochastic_rounding(
+    inner: optax.GradientTransformation, *, seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """Rounds low-precision parameters up or down at random, right on average.
+
+    An update of a tenth of the distance to the next number moves one parameter in ten.
+    Costs no state, and adds noise of up to that distance to every parameter in every
+    step. Stands outermost, over learning rate and decay. Parameters in float32 and
+    wider pass through.
+
+    State beside that of `inner`: none.
+
+    Args:
+      inner: A whole optimizer. It gets gradients and parameters in float32.
+      seed: Of the noise; other seeds round otherwise. Static.
+
+    Returns:
+      A transformation with state `StochasticRoundingState` that needs params and emits
+      float32. The noise depends on the seed, the number of the step and the place of a
+      number in its array, so it is the same on any number of devices, and equal for all
+      members of a `jax.vmap`.
+
+    Raises:
+      TypeError: If `inner` is no transformation or an argument has a wrong type.
+      ValueError: If `seed` is negative, `inner` keeps weights already, or `update` is
+        called without params.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> params = jnp.ones(1000, jnp.bfloat16)
+      >>> tx = ox.stochastic_rounding(ox.sgd(1e-3))
+      >>> state = tx.init(params)
+      >>> for _ in range(100):
+      ...     updates, state = tx.update(jnp.ones_like(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{params.mean(dtype=jnp.float32):.3f}")
+      0.900
+    """
+    name = "stochastic_rounding"
+    validation.check_transformation(name, "inner", inner)
+    validation.check_int(name, minimum=0, seed=seed)
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init_fn(params: PyTree) -> StochasticRoundingState:
+        return StochasticRoundingState(
+            count=jnp.zeros([], jnp.int32),
+            inner_state=_checked(name, wrapped.init(_widened(name, params))),
+        )
+
+    def leaf(u: jax.Array, p: jax.Array, key: jax.Array) -> jax.Array:
+        if not _is_narrow(p):
+            return trees.widen(u)
+        w = trees.widen(p)
+        bits = uniform_bits(key, p.shape)
+        return round_stochastically(w + u, p.dtype.name, bits) - w
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, StochasticRoundingState]:
+        validation.check_params(name, params)
+        weights = jax.tree.map(trees.widen, params)
+        updates, inner_state = _inner_update(
+            wrapped, updates, state.inner_state, weights, extra_args
+        )
+        keys = _keys(seed, state.count, updates)
+        updates = jax.tree.map(leaf, updates, params, keys)
+        count = trees.increment(state.count)
+        return updates, StochasticRoundingState(count, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def compensated(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Carries what rounding took from low-precision parameters to the next step.
+
+    Kahan's compensated sum: what an update lost is added to the next one. Stands
+    outermost, over learning rate and decay. Parameters in float32 and wider pass
+    through. Where somebody else changed a parameter, it stays changed.
+
+    State beside that of `inner`: 2 bytes per low-precision parameter.
+
+    Args:
+      inner: A whole optimizer. It gets gradients in float32, and parameters in float32
+        with what they have lost.
+
+    Returns:
+      A transformation with state `CompensatedState` that needs params and emits
+      float32.
+
+    Raises:
+      TypeError: If `inner` is no transformation.
+      ValueError: If `inner` keeps weights already, or `update` is called without
+        params.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> params = jnp.ones(2, jnp.bfloat16)
+      >>> tx = ox.compensated(ox.sgd(1e-3))
+      >>> state = tx.init(params)
+      >>> for _ in range(100):
+      ...     updates, state = tx.update(jnp.ones_like(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(params)
+      [0.898438 0.898438]
+    """
+    name = "compensated"
+    validation.check_transformation(name, "inner", inner)
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init_fn(params: PyTree) -> CompensatedState:
+        return CompensatedState(
+            correction=jax.tree.map(
+                lambda p: jnp.zeros_like(p) if _is_narrow(p) else None, params
+            ),
+            inner_state=_checked(name, wrapped.init(_widened(name, params))),
+        )
+
+    def current(p: jax.Array, correction: jax.Array | None) -> jax.Array:
+        wide = trees.widen(p)
+        return wide if correction is None else wide + trees.widen(correction)
+
+    def leaf(
+        u: jax.Array, p: jax.Array, correction: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        if correction is None:
+            return trees.widen(u), None
+        w, step = trees.widen(p), u + trees.widen(correction)
+        lost = step - (round_to(w + step, p.dtype.name) - w)
+        lost = jnp.where(jnp.isfinite(lost), lost, 0.0)
+        return step, lost.astype(p.dtype)
+
+    def update_fn(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, CompensatedState]:
+        validation.check_params(name, params)
+        weights = jax.tree.map(current, params, state.correction)
+        updates, inner_state = _inner_update(
+            wrapped, updates, state.inner_state, weights, extra_args
+        )
+        updates, correction = trees.map_several(
+            leaf, 2, updates, params, state.correction
+        )
+        return updates, CompensatedState(correction, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_narrow(p: jax.Array) -> bool:
+    return p.dtype.name in NARROW
+
+
+def _widened(name: str, params: PyTree) -> PyTree:
+    """Copies in the dtype of the arithmetic: state and parameters may be donated."""
+    trees.check_floating(name, params)
+    return jax.tree.map(trees.widen, params)
+
+
+def _checked(name: str, inner_state: PyTree) -> PyTree:
+    """Refuses two wrappers that both decide what the weights become."""
+
+    def keeps_weights(node: Any) -> bool:
+        return isinstance(node, _STATES)
+
+    for node in jax.tree.leaves(inner_state, is_leaf=keeps_weights):
+        if keeps_weights(node):
+            raise ValueError(
+                f"{name}: inner has a {type(node).__name__} inside, and so decides "
+                "already how weights are rounded; keep one of master_weights, "
+                "stochastic_rounding and compensated, outermost."
+            )
+    return inner_state
+
+
+def _inner_update(
+    wrapped: optax.GradientTransformationExtraArgs,
+    updates: PyTree,
+    state: PyTree,
+    weights: PyTree,
+    extra_args: dict[str, Any],
+) -> tuple[PyTree, PyTree]:
+    """The update of the inner optimizer in float32, and its state as it came."""
+    wide = jax.tree.map(trees.widen, updates)
+    updates, inner_state = wrapped.update(wide, state, weights, **extra_args)
+    return updates, trees.cast_like(inner_state, state)
+
+
+def _keys(seed: int, count: jax.Array, tree: PyTree) -> PyTree:
+    """A key for the noise of every leaf in this step."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = [noise_key(seed, count, index) for index in range(len(leaves))]
+    return jax.tree.unflatten(structure, keys)

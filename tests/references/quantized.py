@@ -1,0 +1,49 @@
+"""Float64 transcription of block-wise quantization in fourth powers.
+
+Dettmers et al., arXiv 2110.02861, section 2: one absolute maximum a block, codes for
+the quotients. Every array here is a matrix whose blocks lie along its first axis.
+"""
+
+import numpy as np
+
+from tests.references.conventions import Array
+
+
+def stored(x: Array, block: int, signed: bool) -> Array:
+    """What is read back after `x` was stored."""
+    pieces = [x[start : start + block] for start in range(0, len(x), block)]
+    return np.concatenate([_stored_block(piece, signed) for piece in pieces])
+
+
+def _stored_block(x: Array, signed: bool) -> Array:
+    scale = np.abs(x).max(axis=0)
+    quotient = np.divide(np.abs(x), scale, out=np.zeros_like(x), where=scale > 0)
+    sizes = 127 if signed else 255
+    code = np.rint(sizes * quotient**0.25)
+    if not signed:
+        code = np.maximum(code, 1)
+    return np.sign(x) * (code / sizes) ** 4 * scale
+
+
+def adamw8bit(
+    p: Array,
+    grads: list[Array],
+    *,
+    learning_rate: float,
+    block: int,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> tuple[list[Array], Array, Array]:
+    """Parameters after every step, and the moments as they are stored at the end."""
+    mu = nu = np.zeros_like(p)
+    result = []
+    for t, g in enumerate(grads, start=1):
+        mu = b1 * mu + (1 - b1) * g
+        nu = b2 * nu + (1 - b2) * g**2
+        step = (mu / (1 - b1**t)) / (np.sqrt(nu / (1 - b2**t)) + eps)
+        p = p - learning_rate * (step + weight_decay * p)
+        result.append(p)
+        mu, nu = stored(mu, block, True), stored(nu, block, False)
+    return result, mu, nu
