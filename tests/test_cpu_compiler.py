@@ -16,10 +16,10 @@ PARAMS = {
 }
 
 
-def temporary_bytes_per_parameter(tx) -> float:
+def temporary_bytes_per_parameter(tx, dtype=jnp.float32) -> float:
     """Of the whole optimizer step, parameters and state donated."""
     params = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        lambda shape: jax.ShapeDtypeStruct(shape, dtype),
         PARAMS,
         is_leaf=lambda node: isinstance(node, tuple),
     )
@@ -91,7 +91,21 @@ WITH_TWO = {
     # Both branches hand over an update and a sum.
     "accumulate": ox.accumulate(ox.adamw(0.1), every_k=2),
 }
+# The old codes of each moment, which others may read when the new ones are written over
+# them. No moment is ever decoded as a whole.
+WITH_CODES = {
+    "adamw8bit": ox.adamw8bit(0.1),
+    "clipped-adamw8bit": clipped(ox.adamw8bit(0.1)),
+    "quantized-optax": ox.quantize_state(optax.adamw(0.1)),
+}
+WITH_CODES_OF_ONE = {
+    "lion8bit": ox.lion8bit(0.1),
+    "quantized-nesterov": ox.quantize_state(ox.sgd(0.1, momentum=0.9, nesterov=True)),
+    "quantized-rmsprop": ox.quantize_state(ox.rmsprop(0.1)),
+}
 ALLOWED = {
+    **dict.fromkeys(WITH_CODES, 2 + NONE),
+    **dict.fromkeys(WITH_CODES_OF_ONE, 1 + NONE),
     **dict.fromkeys(WITHOUT_TEMPORARIES, NONE),
     **dict.fromkeys(WITH_ONE, ONE),
     **dict.fromkeys(WITH_TWO, 2 * ONE),
@@ -100,8 +114,24 @@ ALLOWED = {
 
 @pytest.mark.parametrize("name", ALLOWED)
 def test_temporaries_of_a_donated_step(name: str):
-    tx = (WITHOUT_TEMPORARIES | WITH_ONE | WITH_TWO)[name]
+    lists = WITHOUT_TEMPORARIES, WITH_ONE, WITH_TWO, WITH_CODES, WITH_CODES_OF_ONE
+    (tx,) = (named[name] for named in lists if name in named)
     assert temporary_bytes_per_parameter(tx) <= ALLOWED[name]
+
+
+# Two results that need the float32 update, and the old correction.
+WEIGHTS = {
+    "master_weights": (ox.master_weights(ox.adamw(0.1)), NONE),
+    "master_weights-24": (ox.master_weights(ox.adamw(0.1), bits=24), 6.0),
+    "stochastic_rounding": (ox.stochastic_rounding(ox.adamw(0.1)), NONE),
+    "compensated": (ox.compensated(ox.adamw(0.1)), 6.0 + NONE),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_temporaries_of_bfloat16_weights(name: str):
+    tx, allowed = WEIGHTS[name]
+    assert temporary_bytes_per_parameter(tx, jnp.bfloat16) <= allowed
 
 
 def test_every_optimizer_is_in_one_of_the_lists():

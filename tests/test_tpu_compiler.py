@@ -108,6 +108,38 @@ def test_a_reduction_is_one_fusion_more_a_leaf(name, params):
     assert fusions(compiled_step(tx, params)) <= (1 + reductions) * LEAVES
 
 
+QUANTIZED = {
+    "adamw": ox.adamw(0.1),
+    "lion": ox.lion(0.1),
+    "momentum": ox.sgd(0.1, momentum=0.9),
+    "optax": optax.adamw(0.1),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_codes_are_two_fusions_more_a_leaf_without_temporaries(name, params):
+    compiled = compiled_step(ox.quantize_state(QUANTIZED[name]), params)
+    # The largest entry of every block, and the codes. Biases have none.
+    assert fusions(compiled) <= 3 * (LEAVES - 1) + 1
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * size
+
+
+def test_low_precision_weights_are_rounded_in_the_fusion_of_the_update(params):
+    narrow = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=p.sharding),
+        params,
+    )
+    wrapped = compiled_step(ox.master_weights(ox.adamw(0.1)), narrow)
+    assert fusions(wrapped) == LEAVES
+    noisy = compiled_step(ox.stochastic_rounding(ox.adamw(0.1)), narrow)
+    # Numbers of rows and columns, which the noise is made of, are vectors.
+    large = re.findall(r"= \S*\[\d+,\d+[^=]*? fusion\(", noisy.as_text())
+    assert len(large) <= LEAVES
+    for compiled in (wrapped, noisy):
+        assert compiled.memory_analysis().temp_size_in_bytes < 1e5
+
+
 def test_muon_multiplies_bfloat16_matrices_into_float32(params):
     text = compiled_step(ox.muon(0.1), params).as_text()
     dtype_of = dict(re.findall(r"%([\w.-]+) = (\w+)\[", text))
@@ -123,6 +155,37 @@ def test_muon_multiplies_bfloat16_matrices_into_float32(params):
 
 
 # Eight chips
+
+
+def test_only_scales_of_codes_move():
+    pytest.importorskip("libtpu", reason="install the extra `tpu` for the TPU compiler")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    mesh = Mesh(np.array(topology.devices), ("fsdp",))
+    # Blocks of 256 along the first axis: whole ones on a chip, halves, and none cut.
+    shapes = {"up": (4096, 512), "query": (1024, 512), "down": (512, 4096)}
+    specs = {"up": P("fsdp", None), "query": P("fsdp", None), "down": P(None, "fsdp")}
+    params = {
+        name: {
+            "kernel": jax.ShapeDtypeStruct(
+                shape, jnp.float32, sharding=NamedSharding(mesh, specs[name])
+            )
+        }
+        for name, shape in shapes.items()
+    }
+    tx = ox.adamw8bit(0.1)
+    shardings = ox.state_sharding(tx, params)
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(tx.init, params),
+        shardings,
+    )
+    wanted = jax.tree.map(lambda p: p.sharding, params), shardings
+    update = jax.jit(tx.update, out_shardings=wanted)
+    cost = hlo_cost(update.lower(params, state, params).compile().as_text())
+    # The largest entries of half blocks: two for each of 4 blocks in 512 columns, of
+    # two moments, gathered or reduced; no more than one of them twice.
+    assert 0 < cost.wire_bytes <= 2 * 2 * (2 * 4 * 512) * 4
 
 
 def sharded_update(mode, **arguments):

@@ -40,9 +40,10 @@ __all__ = [
     "quartic_code",
 ]
 
-# Scales are at least the smallest float32 that is not denormal; compilers take smaller
-# numbers for 0.
+# Compilers take numbers below this for 0.
 _TINY = float(np.finfo(np.float32).tiny)
+# Of larger numbers, four times the inverse is neither 0 nor infinite.
+_SMALLEST_SCALE = 4 * _TINY
 
 # Adding it to a float32 leaves the nearest integer in the low bits, ties to even.
 _ROUNDER = 1.5 * 2.0**23
@@ -82,7 +83,7 @@ def blocks_of(shape: tuple[int, ...], block_size: int) -> Blocks:
     size = max(1, shape[axis])
     count = -(-size // block_size)
     # Registers of TPUs hold eight rows.
-    rows = math.gcd(8, size)
+    rows = math.gcd(8, size) if block_size >= 8 else 1
     if size % (count * rows) == 0:
         return Blocks(axis, count, groups=1, group=size // count)
     count = -(-size // (block_size // rows * rows))
@@ -122,7 +123,7 @@ def quantize(
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         size = jnp.abs(wide)
         finite = jnp.where(size < jnp.inf, size, 0.0)
-        scales = _block_max(jnp.maximum(finite, _TINY), blocks)
+        scales = _block_max(jnp.maximum(finite, _SMALLEST_SCALE), blocks)
         ratio = _ratio(size, scales, blocks).astype(jnp.float32)
         sign = wide.astype(jnp.float32) if signed else None
         return CODES[code].encode(ratio, sign), scales
@@ -180,7 +181,7 @@ def _ratio(size: jax.Array, scales: jax.Array, blocks: Blocks) -> jax.Array:
 
     def multiplied(size: jax.Array, scales: jax.Array) -> jax.Array:
         # The division also keeps XLA from finding the maximum anew for every entry.
-        return size * _spread(1.0 / scales, blocks, size.shape)
+        return 0.25 * size * _spread(4.0 / scales, blocks, size.shape)
 
     def divided(size: jax.Array, scales: jax.Array) -> jax.Array:
         # Inverse scales would be one more loop on an accelerator.
@@ -191,7 +192,8 @@ def _ratio(size: jax.Array, scales: jax.Array, blocks: Blocks) -> jax.Array:
 
 def _max_in_parts(x: jax.Array, axis: int, length: int) -> jax.Array:
     """The largest of every `length` entries along an axis."""
-    x = x.reshape(*x.shape[:axis], -1, length, *x.shape[axis + 1 :])
+    count = x.shape[axis] // length
+    x = x.reshape(*x.shape[:axis], count, length, *x.shape[axis + 1 :])
     return lax.platform_dependent(
         x, cpu=lambda x: _max_of_slices(x, axis + 1), default=lambda x: x.max(axis + 1)
     )
@@ -225,9 +227,9 @@ def _spread(scales: jax.Array, blocks: Blocks, shape: tuple[int, ...]) -> jax.Ar
 
 
 def _repeated(x: jax.Array, axis: int, times: int) -> jax.Array:
-    shape = (*x.shape[: axis + 1], times, *x.shape[axis + 1 :])
-    x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
-    return x.reshape(*shape[:axis], -1, *shape[axis + 2 :])
+    before, length, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, length, times, *after))
+    return x.reshape(*before, length * times, *after)
 
 
 @dataclass(frozen=True)
@@ -246,23 +248,27 @@ class Code:
 
 
 def quartic_code(sizes: int = 127, unsigned_sizes: int = 255) -> Code:
-    """The code of fourth powers.
+    """The code of fourth powers: the nearest one to the fourth root.
+
+    What is not finite becomes 0 if numbers may be negative, and else infinite: the code
+    0 of numbers that may not is of no other use, because none of them is 0 then.
 
     Args:
       sizes: Sizes besides 0 of a number that may be negative. <= 127.
       unsigned_sizes: Sizes of a number that may not. <= 255.
     """
+    smallest = float(unsigned_sizes) ** -4
 
     def encode(ratio: jax.Array, sign: jax.Array | None) -> jax.Array:
-        # What is not finite gets the code 0.
         if sign is None:
-            ratio = jnp.maximum(ratio, float(unsigned_sizes) ** -4)
-            root = jnp.sqrt(jnp.sqrt(ratio))
-            return _nearest(unsigned_sizes * root).astype(jnp.uint8)
-        root = sizes * jnp.sqrt(jnp.sqrt(ratio))
+            root = jnp.sqrt(jnp.sqrt(jnp.maximum(ratio, smallest)))
+            code = jnp.where(ratio < jnp.inf, unsigned_sizes * root, 0.0)
+            return _nearest(code).astype(jnp.uint8)
+        root = jnp.sqrt(jnp.sqrt(ratio))
+        code = jnp.where(ratio < jnp.inf, sizes * root, 0.0)
         sign_bit = _bits(sign) & np.int32(-(2**31))
-        signed_root = lax.bitcast_convert_type(_bits(root) | sign_bit, jnp.float32)
-        return _nearest(signed_root).astype(jnp.int8)
+        signed_code = lax.bitcast_convert_type(_bits(code) | sign_bit, jnp.float32)
+        return _nearest(signed_code).astype(jnp.int8)
 
     def decode(codes: jax.Array, signed: bool) -> jax.Array:
         root = codes.astype(jnp.float32) * (1.0 / (sizes if signed else unsigned_sizes))
@@ -275,10 +281,7 @@ def quartic_code(sizes: int = 127, unsigned_sizes: int = 255) -> Code:
 
 
 def _nearest(x: jax.Array) -> jax.Array:
-    """The nearest integer, ties to even, in the low bits of an int32; |x| < 2^22.
-
-    NaN and infinity leave 0 in the low byte.
-    """
+    """The nearest integer, ties to even, in the low bits of an int32; |x| < 2^22."""
     return _bits(x + _ROUNDER)
 
 
@@ -292,10 +295,13 @@ def dynamic_map(signed: bool) -> np.ndarray:
     Seven decades, with twice as many entries in each as in the next smaller one, 0
     and 1. Not symmetric: there is no -1.
     """
-    values = [0.0, 1.0]
+    low, high, values = np.float32(0.1), np.float32(1.0), [0.0, 1.0]
     for exponent in range(7):
         bins = 2**exponent * (1 if signed else 2)
-        edges = np.linspace(0.1, 1.0, bins + 1, dtype=np.float32)
+        # Edges at equal distances, computed from the nearer end, as PyTorch does.
+        step, i = float((high - low) / np.float32(bins)), np.arange(bins + 1)
+        from_low, from_high = float(low) + step * i, float(high) - step * (bins - i)
+        edges = np.where(2 * i < bins, from_low, from_high).astype(np.float32)
         centers = (edges[:-1] + edges[1:]) / 2 * np.float32(10.0 ** (exponent - 6))
         values += [*centers, *(-centers if signed else ())]
     return np.sort(np.asarray(values, np.float32))
@@ -304,8 +310,9 @@ def dynamic_map(signed: bool) -> np.ndarray:
 def _encode_dynamic(ratio: jax.Array, sign: jax.Array | None) -> jax.Array:
     table = dynamic_map(signed=sign is not None)
     midpoints = (table[1:] + table[:-1]) / 2
-    x = ratio if sign is None else jnp.where(sign < 0, -ratio, ratio)
-    # What is in the middle of two entries goes up; what is not finite goes to an end.
+    x = ratio if sign is None else jnp.where(jnp.signbit(sign), -ratio, ratio)
+    # What is in the middle of two entries goes up; what is not finite goes to an end,
+    # because no entry is left for it.
     codes = jnp.searchsorted(midpoints, x, side="right")
     if sign is None:
         codes = jnp.maximum(codes, 1)
@@ -316,6 +323,7 @@ def _decode_dynamic(codes: jax.Array, signed: bool) -> jax.Array:
     return jnp.asarray(dynamic_map(signed))[codes.astype(jnp.int32)]
 
 
+# By name; `quartic_code` and `_encode_dynamic` say what becomes of NaN.
 CODES: dict[str, Code] = {
     "quartic": quartic_code(),
     "dynamic": Code(_encode_dynamic, _decode_dynamic),

@@ -39,8 +39,7 @@ def round_to(x: jax.Array, dtype: str) -> jax.Array:
     info = jnp.finfo(dtype)
     rounded = lax.reduce_precision(x, info.nexp, info.nmant)
     if dtype == "float16":
-        small = _nearest_multiple(jnp.abs(x)) * 2.0**-24
-        small = jnp.where(x < 0, -small, small)
+        small = jnp.copysign(_nearest_multiple(jnp.abs(x)) * 2.0**-24, x)
         rounded = jnp.where(jnp.abs(x) < _FLOAT16_NORMAL, small, rounded)
     return rounded
 
@@ -95,12 +94,16 @@ def split_weight(
     low = lax.bitcast_convert_type(pattern - high, jnp.int32) >> (dropped - 8)
     nearest = _float(high)
     if dtype == "float16":
-        units = _stochastic_multiple(x * 2.0**32, bits)
+        units = _stochastic_multiple(jnp.abs(x) * 2.0**32, bits)
         whole = jnp.floor(units * 2.0**-8 + 0.5)
+        small = (units - whole * 2.0**8).astype(jnp.int32)
+        # 0 has no sign that would last: there the correction has it.
+        small = jnp.where((whole == 0) & (x < 0), -small, small)
         is_small = jnp.abs(x) < _FLOAT16_NORMAL
-        nearest = jnp.where(is_small, whole * 2.0**-24, nearest)
-        low = jnp.where(is_small, (units - whole * 2.0**8).astype(jnp.int32), low)
+        nearest = jnp.where(is_small, jnp.copysign(whole * 2.0**-24, x), nearest)
+        low = jnp.where(is_small, small, low)
     is_finite = jnp.abs(nearest) <= float(jnp.finfo(dtype).max)
+    is_finite &= jnp.abs(x) < jnp.inf
     nearest = jnp.where(is_finite, nearest, round_to(x, dtype))
     return nearest, jnp.where(is_finite, low, 0).astype(jnp.int8)
 
@@ -108,18 +111,22 @@ def split_weight(
 def join_weight(nearest: jax.Array, correction: jax.Array, dtype: str) -> jax.Array:
     """The float32 number of which `split_weight` made these."""
     rest = correction.astype(jnp.int32)
+    pattern = _bits(nearest)
     shifted = rest << (15 - jnp.finfo(dtype).nmant)
-    x = _float(_bits(nearest) + lax.bitcast_convert_type(shifted, jnp.uint32))
+    x = _float(pattern + lax.bitcast_convert_type(shifted, jnp.uint32))
     if dtype == "float16":
-        small = nearest + rest.astype(jnp.float32) * 2.0**-32
+        multiple = rest.astype(jnp.float32) * 2.0**-32
+        size = jnp.abs(nearest) + multiple
+        small = jnp.where(nearest == 0, multiple, jnp.copysign(size, nearest))
         return jnp.where(jnp.abs(small) < _FLOAT16_NORMAL, small, x)
     # From the pattern of 0, which somebody may have put in the place of a weight,
     # nothing can be taken.
-    return jnp.where((nearest == 0) & (rest < 0), 0.0, x)
+    is_zero = (pattern & np.uint32(0x7FFFFFFF)) == 0
+    return jnp.where(is_zero & (rest < 0), 0.0, x)
 
 
 def noise_key(seed: int | jax.Array, step: jax.Array, index: int) -> jax.Array:
-    """A uint32 key for the noise of one array in one step."""
+    """A uint32 key for the noise of one array in one step; seeds are below 2^32."""
     key = _mixed(jnp.asarray(seed, jnp.uint32) + np.uint32(_GOLDEN))
     key = _mixed(key + step.astype(jnp.uint32))
     return _mixed(key + np.uint32(index * _GOLDEN & 0xFFFFFFFF))

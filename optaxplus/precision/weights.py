@@ -429,5 +429,5 @@ def _inner_update(
 def _keys(seed: int, count: jax.Array, tree: PyTree) -> PyTree:
     """A key for the noise of every leaf in this step."""
     leaves, structure = jax.tree.flatten(tree)
-    keys = [noise_key(seed, count, index) for index in range(len(leaves))]
+    keys = [noise_key(seed % 2**32, count, index) for index in range(len(leaves))]
     return jax.tree.unflatten(structure, keys)
