@@ -19,6 +19,7 @@ from optaxplus.numerics.hyperparameters import Scalar
 __all__ = [
     "cast_like",
     "check_floating",
+    "check_not_outermost",
     "compute_dtype",
     "increment",
     "init_moment",
@@ -240,3 +241,28 @@ def check_floating(function: str, params: PyTree, *, real: bool = False) -> None
                 "Mask it away (optax.masked); optaxplus.muon leaves parameters of the "
                 "role 'frozen' alone."
             )
+
+
+def check_not_outermost(function: str, state: PyTree) -> PyTree:
+    """Refuses the state of a wrapper whose updates nobody may change any more.
+
+    Args:
+      function: Name of the caller, which changes updates.
+      state: State of what it wraps; the types of such wrappers have an attribute
+        `outermost`.
+
+    Returns:
+      The state.
+    """
+
+    def is_outermost(node: Any) -> bool:
+        return hasattr(node, "outermost")
+
+    for node in jax.tree.leaves(state, is_leaf=is_outermost):
+        if is_outermost(node):
+            raise ValueError(
+                f"{function}: there is a {type(node).__name__} inside, of a wrapper "
+                "that decides how weights are rounded; what comes after it would "
+                f"change that. Put the wrapper around {function}."
+            )
+    return state

@@ -10,7 +10,10 @@ to the dtype of p:
     compensated:            p' <- round(p + u + c),     c <- (p + u + c) - p',   p <- p'
 
 What is emitted is the float32 number that makes `optax.apply_updates` arrive at the
-new p exactly.
+new p exactly, so nothing may change it: these wrappers stand outermost.
+`optax.apply_if_finite`, which wants updates in the dtype of the gradient, goes inside;
+`optax.MultiSteps`, `optaxplus.accumulate`, `quantize_state` and `dynamic_loss_scale`
+may stand on either side.
 
 Sources: Micikevicius et al., Mixed precision training, arXiv 1710.03740, section 3.1;
 24 bits as in FlashOptim, arXiv 2602.23349, here with stochastic rounding; Kahan,
@@ -53,6 +56,7 @@ class MasterWeightsState(NamedTuple):
 
     master: PyTree  # float32 weights w; None beside parameters that are wide themselves
     inner_state: Any  # state of the wrapped optimizer
+    outermost = True
 
 
 class SplitWeightsState(NamedTuple):
@@ -61,6 +65,7 @@ class SplitWeightsState(NamedTuple):
     count: jax.Array  # shape (), int32: finished updates
     correction: PyTree  # int8: c in 1/256 of the spacing of p; None beside wide ones
     inner_state: Any  # state of the wrapped optimizer
+    outermost = True
 
 
 class StochasticRoundingState(NamedTuple):
@@ -68,6 +73,7 @@ class StochasticRoundingState(NamedTuple):
 
     count: jax.Array  # shape (), int32: finished updates
     inner_state: Any  # state of the wrapped optimizer
+    outermost = True
 
 
 class CompensatedState(NamedTuple):
@@ -75,14 +81,7 @@ class CompensatedState(NamedTuple):
 
     correction: PyTree  # like the parameters: c; None beside wide ones
     inner_state: Any  # state of the wrapped optimizer
-
-
-_STATES = (
-    MasterWeightsState,
-    SplitWeightsState,
-    StochasticRoundingState,
-    CompensatedState,
-)
+    outermost = True
 
 
 def master_weights(
@@ -401,7 +400,7 @@ def _checked(name: str, inner_state: PyTree) -> PyTree:
     """Refuses two wrappers that both decide what the weights become."""
 
     def keeps_weights(node: Any) -> bool:
-        return isinstance(node, _STATES)
+        return hasattr(node, "outermost")
 
     for node in jax.tree.leaves(inner_state, is_leaf=keeps_weights):
         if keeps_weights(node):

@@ -86,7 +86,7 @@ def lookahead(
             steps_since_sync=jnp.zeros([], jnp.int32),
             # A copy, because parameters and state may both be donated.
             slow=jax.tree.map(lambda p: jnp.array(trees.widen(p), copy=True), params),
-            inner_state=wrapped.init(params),
+            inner_state=trees.check_not_outermost(name, wrapped.init(params)),
         )
 
     def update_fn(

@@ -86,7 +86,7 @@ def cautious(
 
     def init_fn(params: PyTree) -> CautiousState:
         axes_of(name, axes, params)
-        return CautiousState(wrapped.init(params))
+        return CautiousState(trees.check_not_outermost(name, wrapped.init(params)))
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any

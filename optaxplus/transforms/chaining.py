@@ -34,7 +34,8 @@ def chain_in_float32(
       `optax.chain`. Extra arguments reach the links that take them.
 
     Raises:
-      ValueError: If `update` is called without the params that it requires.
+      ValueError: If `update` is called without the params that it requires, or a link
+        is `master_weights` or another wrapper that stands outermost.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox
@@ -45,6 +46,9 @@ def chain_in_float32(
       'bfloat16'
     """
     chain = optax.chain(*links)
+
+    def init_fn(params: PyTree) -> Any:
+        return trees.check_not_outermost("chain_in_float32", chain.init(params))
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
@@ -57,4 +61,4 @@ def chain_in_float32(
         )
         return trees.cast_like(wide, updates), trees.cast_like(new_state, state)
 
-    return optax.GradientTransformationExtraArgs(chain.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
