@@ -38,7 +38,7 @@ import train_gpt_learning_rates as sweep
 from train_gpt_learning_rates import train_gpt
 
 RESULTS = Path(__file__).parent / "results" / "train_gpt_storage.json"
-FOUR_BITS = "quartic, 4 bits"
+FOUR_BITS = "root, 4 bits"
 
 Wrapper = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
@@ -55,7 +55,7 @@ def in_4_bits(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
     Blocks of 128, as in torchao. The codes still take a byte: this is about accuracy.
     """
-    quantization.CODES[FOUR_BITS] = quantization.quartic_code(
+    quantization.CODES[FOUR_BITS] = quantization.root_code(
         sizes=7, unsigned_sizes=15
     )
     return ox.quantize_state(tx, code=FOUR_BITS, block_size=128)

@@ -19,7 +19,6 @@ from tests.assertions import (
 from tests.cases import CASES, NAMED, Case, variants_are_slow
 from tests.trajectories import run
 
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_factory = pytest.mark.parametrize("case", variants_are_slow(CASES))
 
 SHAPES = {"dense": {"kernel": (5, 4)}, "norm": {"scale": (4,)}}
@@ -46,7 +45,7 @@ def inject(case: Case, **options: Any):
     return factory(**case.arguments())
 
 
-@each_case
+@each_factory
 def test_injected_hyperparameters_equal_plain_ones(case: Case) -> None:
     params, grads = problem(case)
     plain, _ = run(case.make(), params, grads)
@@ -61,7 +60,7 @@ def test_injected_hyperparameters_equal_plain_ones(case: Case) -> None:
         assert_trees_close(ours, theirs, rtol=max(INJECTED_RTOL, case.rtol))
 
 
-@each_case
+@each_factory
 def test_injected_hyperparameters_can_be_changed_without_compiling(case: Case) -> None:
     tx = inject(case, hyperparam_dtype=jnp.float32)
     params, (grads,) = problem(case, 1)
@@ -74,7 +73,7 @@ def test_injected_hyperparameters_can_be_changed_without_compiling(case: Case) -
     assert_same_types(after.inner_state, jax.eval_shape(lambda s: s, state.inner_state))
 
 
-@each_case
+@each_factory
 def test_hyperparameters_rounded_by_optax_stay_finite(case: Case) -> None:
     # Without hyperparam_dtype optax rounds them to the dtype of the parameters: a
     # decay rate of 0.999 is 1 in bfloat16, an eps of 1e-8 is 0 in float16.
@@ -136,7 +135,7 @@ def test_accumulated_micro_batches_equal_one_batch(case: Case) -> None:
     assert_trees_equal(state.grad_sum, jax.tree.map(jnp.zeros_like, params))
 
 
-@each_case
+@each_factory
 def test_masked_and_partitioned_trees(case: Case) -> None:
     params, grads = ({"w": x} for x in problems.gradients((5, 4), steps=2))
     (alone,), _ = run(case.make(), params, [grads])
@@ -177,7 +176,7 @@ def test_nonfinite_steps_are_skipped(case: Case) -> None:
     assert_trees_close(state.inner_state, plain, rtol=4e-6)
 
 
-@each_case
+@each_factory
 def test_chains_and_unknown_extra_arguments(case: Case) -> None:
     params, (grads,) = problem(case, 1)
     (plain,), _ = run(case.make(), params, [grads])
@@ -187,7 +186,7 @@ def test_chains_and_unknown_extra_arguments(case: Case) -> None:
         assert_trees_equal(update, plain)
 
 
-@each_case
+@each_factory
 def test_state_can_be_searched_and_mapped(case: Case) -> None:
     tx = case.make()
     params, (grads,) = problem(case, 1)

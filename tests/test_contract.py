@@ -65,7 +65,7 @@ def test_types_of_states_and_updates(case: Case) -> None:
         )
 
 
-@each_case
+@each_factory
 def test_state_is_the_carry_of_a_scan(case: Case) -> None:
     params, (grads,) = params_and_gradients(case, 1, "mixed")
     tx = case.make()
@@ -86,7 +86,7 @@ def test_state_is_the_carry_of_a_scan(case: Case) -> None:
         assert_same_types(final, jax.eval_shape(tx.init, abstract[0]))
 
 
-@each_case
+@each_factory
 def test_state_can_be_donated(case: Case) -> None:
     # A buffer that two leaves share would be given away twice.
     params = problems.normal_tree(case.odd_shapes | case.shapes, seed=1)
@@ -191,7 +191,7 @@ def test_zero_gradient(case: Case) -> None:
         assert_trees_close(updates[0], expected, rtol=rtol)
 
 
-@each_case
+@each_factory
 def test_zero_parameters_can_grow(case: Case) -> None:
     params, (grads,) = params_and_gradients(case, 1)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -202,7 +202,7 @@ def test_zero_parameters_can_grow(case: Case) -> None:
         assert np.all(np.asarray(update) != 0), path
 
 
-@each_case
+@each_factory
 def test_tiny_and_huge_gradients_are_finite(case: Case) -> None:
     tx = case.make()
     params, (grads,) = params_and_gradients(case, 1)
@@ -244,7 +244,7 @@ def test_nonfinite_number_stays_where_it_is(case: Case) -> None:
             assert_trees_equal(dirty_kernel[others], clean_kernel[others])
 
 
-@each_case
+@each_factory
 def test_degenerate_shapes(case: Case) -> None:
     tx = case.make()
     params = problems.normal_tree(case.odd_shapes, seed=1)
@@ -257,7 +257,7 @@ def test_degenerate_shapes(case: Case) -> None:
         assert update.size == 0 or np.all(np.asarray(update) != 0), path
 
 
-@each_case
+@each_factory
 def test_empty_nodes_pass_through(case: Case) -> None:
     tx = case.make()
     params, grads = ({"kernel": x} for x in problems.gradients((5, 4), steps=2))
@@ -269,7 +269,7 @@ def test_empty_nodes_pass_through(case: Case) -> None:
     assert len(jax.tree.leaves(holed_state)) == len(jax.tree.leaves(state))
 
 
-@each_case
+@each_factory
 def test_complex_parameters(case: Case) -> None:
     shapes = {"a": (5, 4), "c": (4, 3)}
     params = problems.normal_tree(shapes, seed=1)
@@ -302,7 +302,7 @@ def test_complex_parameters(case: Case) -> None:
             )
 
 
-@each_case
+@each_factory
 def test_integer_parameters_are_refused_by_path(case: Case) -> None:
     params = {"table": {"index": jnp.ones((4, 3), jnp.int32)}}
     with pytest.raises(TypeError, match="'table/index' of dtype int32"):

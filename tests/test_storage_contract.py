@@ -49,7 +49,7 @@ def wrapped(name: str, case: Case) -> Case:
         needs_params=case.needs_params or name in WEIGHTS,
         is_wide=None if is_quantized else True,
         scope="tree" if name == "dynamic_loss_scale" else case.scope,
-        # A rounding may move a moment to the next code, 4/127 of it.
+        # A rounding may move a moment to the next code: 2/127 of one that is large.
         rtol=max(case.rtol, 0.1) if is_quantized else case.rtol,
         oracle=None,
         torch={},

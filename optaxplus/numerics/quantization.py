@@ -2,18 +2,21 @@
 
     x ≈ s·f(c),      s = max |x| of the block,      c an integer, f(c) in [-1, 1]
 
-"quartic":  f(c) = sign(c)·(|c|/127)⁴, or (c/255)⁴ where no x is negative
+"root":     f(c) = sign(c)·(c/127)², or (c/255)⁴ where no x is negative
 "dynamic":  f(c) = the c-th entry of the map of bitsandbytes, see `dynamic_map`
 
 Codes have the shape of the array. Blocks lie along one axis, the last but one if it is
 long enough: a maximum along the last axis, in which TPUs and vector units lay out their
 lanes, costs several times as much.
 
-Sources: block-wise quantization and the dynamic map, Dettmers et al., 8-bit optimizers
-via block-wise quantization, arXiv 2110.02861, sections 2.1 and 2.2; codes by arithmetic
-in place of a table as in FlashOptim, arXiv 2602.23349. The fourth power is the one of
-the simple codes (powers, logarithms, floating-point formats) that changes the updates
-of Adam least, see benchmarks/state_codes.py.
+"root" is the square root of a gradient's size in both: non-negative arrays hold squares
+of gradients. It changes the updates of Adam, and first moments themselves, less than
+other powers, logarithms, floating-point formats and the map of bitsandbytes do, see
+benchmarks/state_codes.py, and needs no table, which a TPU would be slow to look up.
+
+Sources: Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv
+2110.02861, sections 2.1 and 2.2, for blocks and the dynamic map; FlashOptim, arXiv
+2602.23349, for codes by arithmetic.
 """
 
 import functools
@@ -37,7 +40,7 @@ __all__ = [
     "dequantize",
     "dynamic_map",
     "quantize",
-    "quartic_code",
+    "root_code",
 ]
 
 # Compilers take numbers below this for 0.
@@ -98,7 +101,7 @@ def quantize(
     x: jax.Array,
     *,
     signed: bool,
-    code: str = "quartic",
+    code: str = "root",
     block_size: int = 256,
 ) -> tuple[jax.Array, jax.Array]:
     """Codes and scales of an array.
@@ -111,7 +114,7 @@ def quantize(
       block_size: Largest number of entries that share a scale.
 
     Returns:
-      Codes of the shape of `x`, int8 for the signed "quartic" and uint8 otherwise, and
+      Codes of the shape of `x`, int8 for the signed "root" and uint8 otherwise, and
       scales in the dtype of `x`, at least float32, with one entry a block in the axis
       of `blocks_of`. Entries that are not finite leave the scale alone; see `CODES`
       for what becomes of them.
@@ -138,7 +141,7 @@ def dequantize(
     scales: jax.Array,
     *,
     signed: bool,
-    code: str = "quartic",
+    code: str = "root",
     block_size: int = 256,
 ) -> jax.Array:
     """The array of which these are the codes and scales, in the dtype of the scales."""
@@ -247,8 +250,8 @@ class Code:
     decode: Callable[[jax.Array, bool], jax.Array]
 
 
-def quartic_code(sizes: int = 127, unsigned_sizes: int = 255) -> Code:
-    """The code of fourth powers: the nearest one to the fourth root.
+def root_code(sizes: int = 127, unsigned_sizes: int = 255) -> Code:
+    """The code that is the nearest integer to a root.
 
     What is not finite becomes 0 if numbers may be negative, and else infinite: the code
     0 of numbers that may not is of no other use, because none of them is 0 then.
@@ -264,17 +267,16 @@ def quartic_code(sizes: int = 127, unsigned_sizes: int = 255) -> Code:
             root = jnp.sqrt(jnp.sqrt(jnp.maximum(ratio, smallest)))
             code = jnp.where(ratio < jnp.inf, unsigned_sizes * root, 0.0)
             return _nearest(code).astype(jnp.uint8)
-        root = jnp.sqrt(jnp.sqrt(ratio))
-        code = jnp.where(ratio < jnp.inf, sizes * root, 0.0)
+        code = jnp.where(ratio < jnp.inf, sizes * jnp.sqrt(ratio), 0.0)
         sign_bit = _bits(sign) & np.int32(-(2**31))
         signed_code = lax.bitcast_convert_type(_bits(code) | sign_bit, jnp.float32)
         return _nearest(signed_code).astype(jnp.int8)
 
     def decode(codes: jax.Array, signed: bool) -> jax.Array:
         root = codes.astype(jnp.float32) * (1.0 / (sizes if signed else unsigned_sizes))
-        square = root * root
         if signed:
-            return square * root * jnp.abs(root)
+            return root * jnp.abs(root)
+        square = root * root
         return jnp.where(codes == 0, jnp.inf, square * square)
 
     return Code(encode, decode)
@@ -323,8 +325,8 @@ def _decode_dynamic(codes: jax.Array, signed: bool) -> jax.Array:
     return jnp.asarray(dynamic_map(signed))[codes.astype(jnp.int32)]
 
 
-# By name; `quartic_code` and `_encode_dynamic` say what becomes of NaN.
+# By name; `root_code` and `_encode_dynamic` say what becomes of NaN.
 CODES: dict[str, Code] = {
-    "quartic": quartic_code(),
+    "root": root_code(),
     "dynamic": Code(_encode_dynamic, _decode_dynamic),
 }

@@ -24,7 +24,7 @@ def adamw8bit(
     decay: str = "decoupled",
     block_size: int = 256,
     min_size: int = 4096,
-    code: str = "quartic",
+    code: str = "root",
     keep: Collection[str] = ("embedding",),
     rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> optax.GradientTransformationExtraArgs:
@@ -44,7 +44,7 @@ def adamw8bit(
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
       block_size: Largest number of entries that share a scale. Static.
       min_size: Parameters with fewer entries keep float32 moments. Static.
-      code: "quartic" or "dynamic", see `optaxplus.quantize_state`. Static.
+      code: "root" or "dynamic", see `optaxplus.quantize_state`. Static.
       keep: Roles whose moments stay in float32. Static.
       rules: Ordered rules that give the roles; put your own in front. Static.
 
@@ -95,7 +95,7 @@ def lion8bit(
     decay: str = "decoupled",
     block_size: int = 256,
     min_size: int = 4096,
-    code: str = "quartic",
+    code: str = "root",
     keep: Collection[str] = ("embedding",),
     rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> optax.GradientTransformationExtraArgs:
@@ -113,7 +113,7 @@ def lion8bit(
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
       block_size: Largest number of entries that share a scale. Static.
       min_size: Parameters with fewer entries keep a float32 momentum. Static.
-      code: "quartic" or "dynamic", see `optaxplus.quantize_state`. Static.
+      code: "root" or "dynamic", see `optaxplus.quantize_state`. Static.
       keep: Roles whose momentum stays in float32. Static.
       rules: Ordered rules that give the roles; put your own in front. Static.
 

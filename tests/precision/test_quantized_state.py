@@ -98,7 +98,7 @@ def test_the_update_is_that_of_exact_moments():
     )
 
 
-@pytest.mark.parametrize("code", ["quartic", "dynamic"])
+@pytest.mark.parametrize("code", ["root", "dynamic"])
 def test_trajectories_stay_close_to_float32(code):
     inner = ox.adamw(1e-2)
     tx = ox.quantize_state(inner, code=code)
@@ -448,7 +448,7 @@ def test_extra_arguments_reach_the_inner_one():
         ({"bits": 16}, ValueError, r"bits=16 is not allowed; it must be 8\.$"),
         ({"block_size": 4}, ValueError, r"block_size=4 .* integer >= 8"),
         ({"min_size": 0}, ValueError, r"min_size=0 .* integer >= 1"),
-        ({"code": "linear"}, ValueError, r"code='linear' .* 'quartic', 'dynamic'"),
+        ({"code": "linear"}, ValueError, r"code='linear' .* 'root', 'dynamic'"),
         ({"keep": "embedding"}, TypeError, r"keep='embedding' .* \('embedding',\)"),
         ({"fields": {"mu": "int"}}, ValueError, r"fields\['mu'\]='int'.*'unsigned'"),
         ({"rules": ("dense",)}, TypeError, r"rules"),

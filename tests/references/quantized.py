@@ -1,4 +1,4 @@
-"""Float64 transcription of block-wise quantization in fourth powers.
+"""Float64 transcription of block-wise quantization by rounded roots.
 
 Dettmers et al., arXiv 2110.02861, section 2: one absolute maximum a block, codes for
 the quotients. Every array here is a matrix whose blocks lie along its first axis.
@@ -18,11 +18,11 @@ def stored(x: Array, block: int, signed: bool) -> Array:
 def _stored_block(x: Array, signed: bool) -> Array:
     scale = np.abs(x).max(axis=0)
     quotient = np.divide(np.abs(x), scale, out=np.zeros_like(x), where=scale > 0)
-    sizes = 127 if signed else 255
-    code = np.rint(sizes * quotient**0.25)
+    sizes, exponent = (127, 2) if signed else (255, 4)
+    code = np.rint(sizes * quotient ** (1 / exponent))
     if not signed:
         code = np.maximum(code, 1)
-    return np.sign(x) * (code / sizes) ** 4 * scale
+    return np.sign(x) * (code / sizes) ** exponent * scale
 
 
 def adamw8bit(
