@@ -55,9 +55,7 @@ def in_4_bits(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
     Blocks of 128, as in torchao. The codes still take a byte: this is about accuracy.
     """
-    quantization.CODES[FOUR_BITS] = quantization.root_code(
-        sizes=7, unsigned_sizes=15
-    )
+    quantization.CODES[FOUR_BITS] = quantization.root_code(sizes=7, unsigned_sizes=15)
     return ox.quantize_state(tx, code=FOUR_BITS, block_size=128)
 
 

@@ -97,6 +97,13 @@ def _at(shape: tuple[int, ...]) -> Callable[[int], int]:
     return lambda axis: shape[axis]
 
 
+# Compiled by itself so that a call outside of `jax.jit` compiles only once.
+_compiled = functools.partial(
+    jax.jit, static_argnames=("signed", "code", "block_size"), inline=True
+)
+
+
+@_compiled
 def quantize(
     x: jax.Array,
     *,
@@ -136,6 +143,7 @@ def quantize(
     )
 
 
+@_compiled
 def dequantize(
     codes: jax.Array,
     scales: jax.Array,

@@ -57,11 +57,13 @@ def dynamic_loss_scale(
     A step with a NaN or infinite gradient anywhere returns zeros, runs nothing of
     `inner` and leaves its state alone, step count included. Put everything that looks
     at the size of gradients inside: clipping, the optimizer, `accumulate`. With
-    bfloat16, whose range is that of float32, there is nothing to scale.
+    bfloat16, whose range is that of float32, there is nothing to scale. Many of optax's
+    optimizers keep their moments in the dtype of the parameters, where squares of
+    float16 gradients are 0: put `master_weights` around them, or use this library's.
 
     Args:
       inner: The optimizer; it gets gradients in float32.
-      init_scale: First scale. > 0; powers of two round nothing.
+      init_scale: First scale, in [2^-24, 2^64]; powers of two round nothing.
       growth_factor: The scale is multiplied by it after `growth_interval` steps with
         finite gradients, up to 2^64. >= 1.
       backoff_factor: It is multiplied by it in a step without, down to 2^-24. In
@@ -92,6 +94,8 @@ def dynamic_loss_scale(
         growth_factor=growth_factor,
         backoff_factor=backoff_factor,
     )
+    validation.check_at_least(name, _SMALLEST, init_scale=init_scale)
+    validation.check_at_most(name, _LARGEST, init_scale=init_scale)
     validation.check_at_least(name, 1.0, growth_factor=growth_factor)
     validation.check_below_one(name, backoff_factor=backoff_factor)
     validation.check_int(name, minimum=1, growth_interval=growth_interval)

@@ -10,10 +10,10 @@ to the dtype of p:
     compensated:            p' <- round(p + u + c),     c <- (p + u + c) - p',   p <- p'
 
 What is emitted is the float32 number that makes `optax.apply_updates` arrive at the
-new p exactly, so nothing may change it: these wrappers stand outermost.
-`optax.apply_if_finite`, which wants updates in the dtype of the gradient, goes inside;
-`optax.MultiSteps`, `optaxplus.accumulate`, `quantize_state` and `dynamic_loss_scale`
-may stand on either side.
+new p (to 2^-24 of the old one, should a step all but cancel it). Nothing may change it:
+these wrappers stand outermost. `optax.apply_if_finite`, which wants updates in the
+dtype of the gradient, goes inside; `optax.MultiSteps`, `optaxplus.accumulate`,
+`quantize_state` and `dynamic_loss_scale` may stand on either side.
 
 Sources: Micikevicius et al., Mixed precision training, arXiv 1710.03740, section 3.1;
 24 bits as in FlashOptim, arXiv 2602.23349, here with stochastic rounding; Kahan,
@@ -316,7 +316,12 @@ def compensated(
 
     Kahan's compensated sum: what an update lost is added to the next one. Stands
     outermost, over learning rate and decay. Parameters in float32 and wider pass
-    through. Where somebody else changed a parameter, it stays changed.
+    through. Where somebody else changed a parameter, it stays changed, up to half of
+    the spacing that it had.
+
+    The rest has the dtype of the parameter, and so 8 bits in bfloat16: updates below
+    2^-17 of a weight stop counting once a quarter of its spacing has been collected.
+    `master_weights(bits=24)` has no such limit, and takes one byte.
 
     State beside that of `inner`: 2 bytes per low-precision parameter.
 
@@ -365,10 +370,14 @@ def compensated(
     ) -> tuple[jax.Array, jax.Array | None]:
         if correction is None:
             return trees.widen(u), None
-        w, step = trees.widen(p), u + trees.widen(correction)
-        lost = step - (round_to(w + step, p.dtype.name) - w)
-        lost = jnp.where(jnp.isfinite(lost), lost, 0.0)
-        return step, lost.astype(p.dtype)
+        w, step, dtype = trees.widen(p), u + trees.widen(correction), p.dtype.name
+        new = round_to(w + step, dtype)
+        lost = round_to(step - (new - w), dtype)
+        # Rounded up to half of a spacing, it would move the parameter by itself.
+        moves = round_to(new + lost, dtype) != new
+        smaller = jnp.nextafter(lost.astype(dtype), jnp.zeros([], dtype))
+        lost = jnp.where(jnp.isfinite(lost), lost, 0.0).astype(dtype)
+        return step, jnp.where(moves & jnp.isfinite(new), smaller, lost)
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
