@@ -171,8 +171,10 @@ def test_plain_parameters_do_not_move(small_steps):
 def test_a_float32_copy_takes_the_steps_of_float32(small_steps):
     dtype, _, ends, _ = small_steps
     params, state = ends["master32"]
-    np.testing.assert_array_equal(state.master, ends["float32"][0])
-    np.testing.assert_array_equal(wide(params), rounded(ends["float32"][0], dtype))
+    # A compiler may contract the product with the sum in one program and not in the
+    # other: a step in some thousand then rounds otherwise, by 6e-8.
+    np.testing.assert_allclose(state.master, ends["float32"][0], rtol=1e-6)
+    np.testing.assert_array_equal(wide(params), rounded(state.master, dtype))
 
 
 def deviations(actual: Any, expected: Any, grid: np.ndarray, path: np.ndarray):
