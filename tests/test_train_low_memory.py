@@ -216,23 +216,33 @@ def test_bytes_of_one_kernel():
     assert held["scales of the codes"] == 4 * size // 256
 
 
-def interrupted_at(step: int) -> Callable[..., np.ndarray]:
-    """The batches of a task, and Ctrl-C before one of the low-memory run."""
+def interrupted_at(dtype: str, step: int) -> Callable[..., np.ndarray]:
+    """The batches of a task, and Ctrl-C before one of the run with such weights."""
     batch = train_gpt.Task.batch
 
     def interrupting(task: train_gpt.Task, number: int) -> np.ndarray:
-        if task.param_dtype == "bfloat16" and number == step:
+        if (task.param_dtype, number) == (dtype, step):
             signal.raise_signal(signal.SIGINT)
         return batch(task, number)
 
     return interrupting
 
 
+def test_interrupted_in_the_first_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt.Task, "batch", interrupted_at("float32", 1))
+    assert "--resume" in run(tmp_path)
+    found = results(tmp_path)
+    assert list(found["runs"]) == list(found["bytes"]) == ["float32"]
+    assert len(found["runs"]["float32"]["train"]) == 2
+    assert found["difference_percent"] is None
+    assert (tmp_path / "train_low_memory.png").exists()
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(
     uninterrupted, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt.Task, "batch", interrupted_at(3))
+        patch.setattr(train_gpt.Task, "batch", interrupted_at("bfloat16", 3))
         printed = run(tmp_path)
     assert "--micro-batches 2" in printed
     assert "--resume" in printed
