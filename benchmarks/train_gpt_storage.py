@@ -228,7 +228,11 @@ def main() -> int:
                 if any(sweep.is_same(wanted, run) for run in runs):
                     continue
                 task = train_gpt.Task(
-                    sweep.model(), text, options.steps, seed, RUNS[label].param_dtype
+                    sweep.model(),
+                    text,
+                    options.steps,
+                    seed,
+                    param_dtype=RUNS[label].param_dtype,
                 )
                 trainer = train_gpt.Trainer(task, interruption, Console(quiet=True))
                 run = train(label, trainer)

@@ -25,7 +25,7 @@ import string
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ class Task:
     text: Text
     steps: int
     seed: int
-    param_dtype: str = "float32"
+    param_dtype: str = field(default="float32", kw_only=True)
 
     def initial_params(self) -> Any:
         """The parameters that every run starts from."""

@@ -240,7 +240,9 @@ def compare(options: argparse.Namespace, console: Console) -> bool:
     """Trains both, writes and prints; returns whether Ctrl-C ended it."""
     sizes = (options.width, train_gpt.DEPTH, train_gpt.HEAD_SIZE, train_gpt.CONTEXT)
     common = (GPT(GPTConfig(*sizes)), standard_library(), options.steps, options.seed)
-    tasks = {name: Task(*common, dtype) for name, (_, dtype) in RUNS.items()}
+    tasks = {
+        name: Task(*common, param_dtype=dtype) for name, (_, dtype) in RUNS.items()
+    }
     parts = {"float32": 1, "low-memory": options.micro_batches}
     runs, memory, reports = {}, {}, {}
     for name, task in tasks.items():

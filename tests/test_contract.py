@@ -95,7 +95,7 @@ def test_state_can_be_donated(case: Case) -> None:
     assert len(set(buffers)) == len(buffers)
 
 
-@each_case
+@each_factory
 def test_state_holds_no_constants(case: Case) -> None:
     params, grads = params_and_gradients(case, 2)
     tx = case.make()
@@ -144,7 +144,7 @@ def test_branches_are_reached(case: Case) -> None:
 # Precision
 
 
-@each_case
+@each_factory
 def test_low_precision_is_float32_rounded_once(case: Case) -> None:
     tx = case.make()
     params, grads = params_and_gradients(case, 2, "mixed")
@@ -164,7 +164,7 @@ def test_low_precision_is_float32_rounded_once(case: Case) -> None:
 # Leaves
 
 
-@each_case
+@each_factory
 def test_zero_gradient(case: Case) -> None:
     tx = case.make()
     for dtype in ("float32", "mixed"):

@@ -108,7 +108,7 @@ def trainer(micro_batches: int) -> train_low_memory.MeasuringTrainer:
     config = GPTConfig(WIDTH, train_gpt.DEPTH, train_gpt.HEAD_SIZE, CONTEXT)
     model = train_low_memory.GPT(config)
     text = train_low_memory.standard_library()
-    task = train_gpt.Task(model, text, STEPS, 0, "bfloat16")
+    task = train_gpt.Task(model, text, STEPS, 0, param_dtype="bfloat16")
     return train_low_memory.MeasuringTrainer(
         task, Interruption(), Console(quiet=True), micro_batches=micro_batches
     )

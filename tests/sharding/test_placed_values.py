@@ -174,8 +174,21 @@ def check(layout: Layout, mode: str) -> None:
             assert jax.typeof(types[name]).sharding == jax.typeof(placed[name]).sharding
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", LAYOUTS)
+def in_turn(names, modes):
+    """Every name with one of the modes by default, with all of them with `-m slow`."""
+    return pytest.mark.parametrize(
+        ("name", "mode"),
+        [
+            pytest.param(
+                name, mode, marks=[] if (i - j) % len(modes) == 0 else pytest.mark.slow
+            )
+            for i, name in enumerate(names)
+            for j, mode in enumerate(modes)
+        ],
+    )
+
+
+@in_turn(LAYOUTS, MODES)
 def test_eight_devices_agree_with_one(name: str, mode: str) -> None:
     check(LAYOUTS[name], mode)
 
@@ -331,14 +344,12 @@ def compare(build: Callable, mode: str) -> None:
     assert_trees_close(actual, expected, rtol=RTOL)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", FAMILY)
+@in_turn(FAMILY, MODES)
 def test_the_family(name: str, mode: str) -> None:
     compare(lambda p: FAMILY[name](0.1, compute_dtype="float32", placement=p), mode)
 
 
-@pytest.mark.parametrize("mode", ["explicit", "placement"])
-@pytest.mark.parametrize("name", INSIDE)
+@in_turn(INSIDE, ["explicit", "placement"])
 def test_placement_survives(name: str, mode: str) -> None:
     def build(placement):
         if placement != "auto" and name not in WHOLE_TREE:

@@ -119,7 +119,11 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-@kinds
+@pytest.mark.parametrize(
+    "kind",
+    [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_weights_on_eight_devices_are_those_on_one(kind, name):
     tx = WEIGHTS[name]
     narrow = cast(PARAMS, "bfloat16")
