@@ -153,6 +153,9 @@ def quantize_state(
     alone; a first moment forgets them (0), a second one stays infinite, with an update
     of 0. ("dynamic" makes them the largest of the block.)
 
+    Restore a checkpoint with the `code` and `block_size` that it was saved with: they
+    are not in it, and the bytes of one code mean nothing in another.
+
     Init computes the float32 state of `inner` and then its codes, one leaf after the
     other; `jax.jit(tx.init)` makes the codes alone.
 

@@ -95,6 +95,10 @@ def master_weights(
     update, as `optaxplus.qk_clip` does, it wins over the copy (with 24 bits up to half
     of its last bit).
 
+    Gradients have the dtype of what is differentiated: where they are summed over
+    micro-batches (`optax.microbatch`), differentiate by `optax.tree.cast(params,
+    "float32")`, or the sum is rounded.
+
     State beside that of `inner`: 4 bytes per low-precision parameter; with 24 bits 1.
 
     Args:
