@@ -117,7 +117,6 @@ def dynamic_loss_scale(
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, LossScaleState]:
-        # Scaled gradients may be finite in float16 and their quotients as well.
         is_finite = jnp.all(
             jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(updates)])
         )

@@ -51,6 +51,10 @@ __all__ = [
 ]
 
 
+# States with an attribute `outermost` are refused by what would change their updates,
+# see `trees.check_not_outermost`.
+
+
 class MasterWeightsState(NamedTuple):
     """State of `master_weights` with 32 bits."""
 

@@ -10,6 +10,7 @@ import pytest
 
 import optaxplus as ox
 from tests.assertions import assert_same_types, assert_trees_equal
+from tests.branches import assert_products_only_in_branches
 from tests.precision.scaled_losses import (
     FAST,
     GRADS,
@@ -178,33 +179,10 @@ def test_the_largest_number_is_none_that_overflowed():
     assert (ox.skipped_steps(kept), ox.skipped_steps(skipped)) == (0, 1)
 
 
-def programs(jaxpr: Any, inside_cond: bool = False) -> list[bool]:
-    """For every matrix product of a program, whether it lies in a branch."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            found.append(inside_cond)
-        inside = inside_cond or equation.primitive.name == "cond"
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    found += programs(inner, inside)
-    return found
-
-
 def test_a_skipped_step_multiplies_no_matrices():
     inner = optax.contrib.muon(0.1)
     tx = ox.dynamic_loss_scale(inner)
-    params = jnp.ones((4, 4))
-
-    def found(tx: optax.GradientTransformation):
-        program = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
-        return programs(program.jaxpr)
-
-    assert len(found(inner)) > 2
-    assert not any(found(inner))
-    assert found(tx) == [True] * len(found(inner))
+    assert_products_only_in_branches(tx, inner, jnp.ones((4, 4)))
 
 
 def test_members_of_a_vmap_skip_on_their_own():

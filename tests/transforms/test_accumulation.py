@@ -8,6 +8,7 @@ import pytest
 
 import optaxplus as ox
 from tests.assertions import assert_same_types, assert_trees_close, assert_trees_equal
+from tests.branches import assert_products_only_in_branches
 from tests.problems import normal_tree
 from tests.trajectories import follow
 
@@ -148,32 +149,10 @@ def test_parameters_and_state_may_be_donated():
 # What runs when
 
 
-def products(jaxpr, inside_cond: bool = False) -> list[bool]:
-    """For every matrix product of a program, whether it lies in a branch."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            found.append(inside_cond)
-        inside = inside_cond or equation.primitive.name == "cond"
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    found += products(inner, inside)
-    return found
-
-
 def test_the_other_steps_multiply_no_matrices():
-    def found(tx):
-        program = jax.make_jaxpr(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
-        return products(program.jaxpr)
-
     # Ours chooses by platform and scale, which are branches too.
-    tx = optax.contrib.muon(0.1)
-    inner = found(tx)
-    assert len(inner) > 2
-    assert not any(inner)
-    assert found(ox.accumulate(tx, EVERY_K)) == [True] * len(inner)
+    inner = optax.contrib.muon(0.1)
+    assert_products_only_in_branches(ox.accumulate(inner, EVERY_K), inner, PARAMS)
 
 
 def test_extra_arguments_of_the_last_call_count():
