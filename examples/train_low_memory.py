@@ -120,7 +120,7 @@ def bytes_held(state: TrainState) -> dict[str, int]:
     )
     coded = [node for node in nodes if isinstance(node, ox.QuantizedArray)]
     in_state = {
-        "8-bit correction of weights": getattr(state.opt_state, "correction", ()),
+        "8-bit correction of weights": getattr(state.opt_state, "kept", ()),
         "moments in codes": [moment.codes for moment in coded],
         "scales of the codes": [moment.scales for moment in coded],
     }

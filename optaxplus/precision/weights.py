@@ -22,6 +22,7 @@ al., Revisiting bfloat16 training, arXiv 2010.06192, Algorithms 2 and 3, for
 compensated sums and stochastic rounding of weights.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,50 +42,23 @@ from optaxplus.numerics.rounding import (
 )
 
 __all__ = [
-    "CompensatedState",
-    "MasterWeightsState",
-    "SplitWeightsState",
-    "StochasticRoundingState",
+    "RoundedWeightsState",
     "compensated",
     "master_weights",
     "stochastic_rounding",
 ]
 
 
-# States with an attribute `outermost` are refused by what would change their updates,
-# see `trees.check_not_outermost`.
-
-
-class MasterWeightsState(NamedTuple):
-    """State of `master_weights` with 32 bits."""
-
-    master: PyTree  # float32 weights w; None beside parameters that are wide themselves
-    inner_state: Any  # state of the wrapped optimizer
-    outermost = True
-
-
-class SplitWeightsState(NamedTuple):
-    """State of `master_weights` with 24 bits."""
+class RoundedWeightsState(NamedTuple):
+    """State of the wrappers that decide how weights are rounded."""
 
     count: jax.Array  # shape (), int32: finished updates
-    correction: PyTree  # int8: c in 1/256 of the spacing of p; None beside wide ones
+    # Beside each low-precision parameter: its float32 weight w (master, 32 bits); int8,
+    # c in 1/256 of the spacing of p (24 bits); c, like p (compensated); or None, as it
+    # is beside wide parameters.
+    kept: PyTree
     inner_state: Any  # state of the wrapped optimizer
-    outermost = True
-
-
-class StochasticRoundingState(NamedTuple):
-    """State of `stochastic_rounding`."""
-
-    count: jax.Array  # shape (), int32: finished updates
-    inner_state: Any  # state of the wrapped optimizer
-    outermost = True
-
-
-class CompensatedState(NamedTuple):
-    """State of `compensated`."""
-
-    correction: PyTree  # like the parameters: c; None beside wide ones
-    inner_state: Any  # state of the wrapped optimizer
+    # Refused by what would change the updates, see `trees.check_not_outermost`.
     outermost = True
 
 
@@ -113,8 +87,8 @@ def master_weights(
       seed: Of the noise with 24 bits; other seeds round otherwise. Static.
 
     Returns:
-      A transformation with state `MasterWeightsState` or `SplitWeightsState` that needs
-      params and emits float32.
+      A transformation with state `RoundedWeightsState` that needs params and
+      emits float32.
 
     Raises:
       TypeError: If `inner` is no transformation or an argument has a wrong type.
@@ -129,120 +103,16 @@ def master_weights(
       >>> for _ in range(10):
       ...     updates, state = tx.update(jnp.ones_like(params), state, params)
       ...     params = optax.apply_updates(params, updates)
-      >>> print(params, round(float(state.master[0]), 4))
+      >>> print(params, round(float(state.kept[0]), 4))
       [0.988281 0.988281] 0.99
     """
     name = "master_weights"
     validation.check_transformation(name, "inner", inner)
     validation.check_int(name, minimum=1, bits=bits)
     validation.check_int(name, minimum=0, seed=seed)
-    if bits == 32:
-        return _with_float32_copy(name, inner)
-    if bits == 24:
-        return _with_correction(name, inner, seed)
-    raise ValueError(f"{name}: bits={bits} is not allowed; it must be 24 or 32.")
-
-
-def _with_float32_copy(
-    name: str, inner: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
-    wrapped = optax.with_extra_args_support(inner)
-
-    def init_fn(params: PyTree) -> MasterWeightsState:
-        wide = _widened(name, params)
-        return MasterWeightsState(
-            master=jax.tree.map(
-                lambda p, w: w if _is_narrow(p) else None, params, wide
-            ),
-            inner_state=_checked(name, wrapped.init(wide)),
-        )
-
-    def current(p: jax.Array, master: jax.Array | None) -> jax.Array:
-        wide = trees.widen(p)
-        if master is None:
-            return wide
-        # A parameter that is not the rounding of its copy was changed by somebody.
-        return jnp.where(round_to(master, p.dtype.name) == wide, master, wide)
-
-    def leaf(
-        u: jax.Array, p: jax.Array, master: jax.Array | None, w: jax.Array
-    ) -> tuple[jax.Array, jax.Array | None]:
-        if master is None:
-            return trees.widen(u), None
-        new = w + u
-        return round_to(new, p.dtype.name) - trees.widen(p), new
-
-    def update_fn(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, MasterWeightsState]:
-        validation.check_params(name, params)
-        weights = jax.tree.map(current, params, state.master)
-        updates, inner_state = _inner_update(
-            wrapped, updates, state.inner_state, weights, extra_args
-        )
-        updates, master = trees.map_several(
-            leaf, 2, updates, params, state.master, weights
-        )
-        return updates, MasterWeightsState(master, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _with_correction(
-    name: str, inner: optax.GradientTransformation, seed: int
-) -> optax.GradientTransformationExtraArgs:
-    wrapped = optax.with_extra_args_support(inner)
-
-    def init_fn(params: PyTree) -> SplitWeightsState:
-        return SplitWeightsState(
-            count=jnp.zeros([], jnp.int32),
-            correction=jax.tree.map(
-                lambda p: jnp.zeros_like(p, jnp.int8) if _is_narrow(p) else None, params
-            ),
-            inner_state=_checked(name, wrapped.init(_widened(name, params))),
-        )
-
-    def current(p: jax.Array, correction: jax.Array | None) -> jax.Array:
-        wide = trees.widen(p)
-        if correction is None:
-            return wide
-        return join_weight(wide, correction, p.dtype.name)
-
-    def update_fn(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, SplitWeightsState]:
-        validation.check_params(name, params)
-        weights = jax.tree.map(current, params, state.correction)
-        updates, inner_state = _inner_update(
-            wrapped, updates, state.inner_state, weights, extra_args
-        )
-
-        def leaf(
-            u: jax.Array,
-            p: jax.Array,
-            correction: jax.Array | None,
-            w: jax.Array,
-            key: jax.Array,
-        ) -> tuple[jax.Array, jax.Array | None]:
-            if correction is None:
-                return trees.widen(u), None
-            bits = uniform_bits(key, p.shape)
-            nearest, rest = split_weight(w + u, p.dtype.name, bits)
-            return nearest - trees.widen(p), rest
-
-        updates, correction = trees.map_several(
-            leaf,
-            2,
-            updates,
-            params,
-            state.correction,
-            weights,
-            _keys(seed, state.count, updates),
-        )
-        count = trees.increment(state.count)
-        return updates, SplitWeightsState(count, correction, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    if bits not in _MASTER:
+        raise ValueError(f"{name}: bits={bits} is not allowed; it must be 24 or 32.")
+    return _outermost(name, inner, _MASTER[bits], seed)
 
 
 def stochastic_rounding(
@@ -262,7 +132,7 @@ def stochastic_rounding(
       seed: Of the noise; other seeds round otherwise. Static.
 
     Returns:
-      A transformation with state `StochasticRoundingState` that needs params and emits
+      A transformation with state `RoundedWeightsState` that needs params and emits
       float32. The noise depends on the seed, the number of the step and the place of a
       number in its array, so it is the same on any number of devices, and equal for all
       members of a `jax.vmap`.
@@ -286,35 +156,7 @@ def stochastic_rounding(
     name = "stochastic_rounding"
     validation.check_transformation(name, "inner", inner)
     validation.check_int(name, minimum=0, seed=seed)
-    wrapped = optax.with_extra_args_support(inner)
-
-    def init_fn(params: PyTree) -> StochasticRoundingState:
-        return StochasticRoundingState(
-            count=jnp.zeros([], jnp.int32),
-            inner_state=_checked(name, wrapped.init(_widened(name, params))),
-        )
-
-    def leaf(u: jax.Array, p: jax.Array, key: jax.Array) -> jax.Array:
-        if not _is_narrow(p):
-            return trees.widen(u)
-        w = trees.widen(p)
-        bits = uniform_bits(key, p.shape)
-        return round_stochastically(w + u, p.dtype.name, bits) - w
-
-    def update_fn(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, StochasticRoundingState]:
-        validation.check_params(name, params)
-        weights = jax.tree.map(trees.widen, params)
-        updates, inner_state = _inner_update(
-            wrapped, updates, state.inner_state, weights, extra_args
-        )
-        keys = _keys(seed, state.count, updates)
-        updates = jax.tree.map(leaf, updates, params, keys)
-        count = trees.increment(state.count)
-        return updates, StochasticRoundingState(count, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _outermost(name, inner, _STOCHASTIC, seed)
 
 
 def compensated(
@@ -338,7 +180,7 @@ def compensated(
         with what they have lost.
 
     Returns:
-      A transformation with state `CompensatedState` that needs params and emits
+      A transformation with state `RoundedWeightsState` that needs params and emits
       float32.
 
     Raises:
@@ -359,58 +201,141 @@ def compensated(
     """
     name = "compensated"
     validation.check_transformation(name, "inner", inner)
+    return _outermost(name, inner, _COMPENSATED)
+
+
+class _Rule(NamedTuple):
+    """How low-precision parameters p are kept, leaf by leaf.
+
+    Attributes:
+      begin: Makes of p what is kept beside it.
+      weight: Makes the float32 weight w of both.
+      move: Given p, what is kept, w, its update u, and a function that makes random
+        bits: the number that moves p, in float32, and what is kept from then on.
+    """
+
+    begin: Callable[[jax.Array], jax.Array | None]
+    weight: Callable[[jax.Array, Any], jax.Array]
+    move: Callable[
+        [jax.Array, Any, jax.Array, jax.Array, Callable[[], jax.Array]],
+        tuple[jax.Array, jax.Array | None],
+    ]
+
+
+def _outermost(
+    name: str, inner: optax.GradientTransformation, rule: _Rule, seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` moves the weights of the rule, and the parameters follow."""
     wrapped = optax.with_extra_args_support(inner)
 
-    def init_fn(params: PyTree) -> CompensatedState:
-        return CompensatedState(
-            correction=jax.tree.map(
-                lambda p: jnp.zeros_like(p) if _is_narrow(p) else None, params
+    def init_fn(params: PyTree) -> RoundedWeightsState:
+        trees.check_floating(name, params)
+        return RoundedWeightsState(
+            count=jnp.zeros([], jnp.int32),
+            kept=jax.tree.map(
+                lambda p: rule.begin(p) if _is_narrow(p) else None, params
             ),
-            inner_state=_checked(name, wrapped.init(_widened(name, params))),
+            # State gets copies of parameters, as both may be donated.
+            inner_state=_checked(name, wrapped.init(jax.tree.map(trees.widen, params))),
         )
 
-    def current(p: jax.Array, correction: jax.Array | None) -> jax.Array:
-        wide = trees.widen(p)
-        return wide if correction is None else wide + trees.widen(correction)
-
-    def leaf(
-        u: jax.Array, p: jax.Array, correction: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        if correction is None:
-            return trees.widen(u), None
-        w, step, dtype = trees.widen(p), u + trees.widen(correction), p.dtype.name
-        new = round_to(w + step, dtype)
-        lost = round_to(step - (new - w), dtype)
-        # Rounded up to half of a spacing, it would move the parameter by itself.
-        moves = round_to(new + lost, dtype) != new
-        smaller = jnp.nextafter(lost.astype(dtype), jnp.zeros([], dtype))
-        lost = jnp.where(jnp.isfinite(lost), lost, 0.0).astype(dtype)
-        return step, jnp.where(moves & jnp.isfinite(new), smaller, lost)
+    def weight(p: jax.Array, kept: jax.Array | None) -> jax.Array:
+        return rule.weight(p, kept) if _is_narrow(p) else trees.widen(p)
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, CompensatedState]:
+    ) -> tuple[PyTree, RoundedWeightsState]:
         validation.check_params(name, params)
-        weights = jax.tree.map(current, params, state.correction)
-        updates, inner_state = _inner_update(
-            wrapped, updates, state.inner_state, weights, extra_args
+        weights = jax.tree.map(weight, params, state.kept)
+        updates, inner_state = wrapped.update(
+            jax.tree.map(trees.widen, updates), state.inner_state, weights, **extra_args
         )
-        updates, correction = trees.map_several(
-            leaf, 2, updates, params, state.correction
+        structure = jax.tree.structure(updates)
+        indices = jax.tree.unflatten(structure, range(structure.num_leaves))
+
+        def move(
+            u: jax.Array, p: jax.Array, kept: jax.Array | None, w: jax.Array, index: int
+        ) -> tuple[jax.Array, jax.Array | None]:
+            if not _is_narrow(p):
+                return trees.widen(u), None
+
+            def bits() -> jax.Array:
+                key = noise_key(seed % 2**32, state.count, index)
+                return uniform_bits(key, p.shape)
+
+            return rule.move(p, kept, w, u, bits)
+
+        updates, kept = trees.map_several(
+            move, 2, updates, params, state.kept, weights, indices
         )
-        return updates, CompensatedState(correction, inner_state)
+        count = trees.increment(state.count)
+        inner_state = trees.cast_like(inner_state, state.inner_state)
+        return updates, RoundedWeightsState(count, kept, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _master_weight(p: jax.Array, master: jax.Array) -> jax.Array:
+    # A parameter that is not the rounding of its copy was changed by somebody.
+    wide = trees.widen(p)
+    return jnp.where(round_to(master, p.dtype.name) == wide, master, wide)
+
+
+def _move_master(
+    p: jax.Array, master: jax.Array, w: jax.Array, u: jax.Array, bits: Any
+) -> tuple[jax.Array, jax.Array]:
+    new = w + u
+    return round_to(new, p.dtype.name) - trees.widen(p), new
+
+
+def _move_split(
+    p: jax.Array, correction: jax.Array, w: jax.Array, u: jax.Array, bits: Any
+) -> tuple[jax.Array, jax.Array]:
+    nearest, correction = split_weight(w + u, p.dtype.name, bits())
+    return nearest - trees.widen(p), correction
+
+
+def _move_stochastically(
+    p: jax.Array, kept: None, w: jax.Array, u: jax.Array, bits: Any
+) -> tuple[jax.Array, None]:
+    return round_stochastically(w + u, p.dtype.name, bits()) - w, None
+
+
+def _move_compensated(
+    p: jax.Array, correction: jax.Array, w: jax.Array, u: jax.Array, bits: Any
+) -> tuple[jax.Array, jax.Array]:
+    p, step, dtype = trees.widen(p), u + trees.widen(correction), p.dtype.name
+    new = round_to(p + step, dtype)
+    lost = round_to(step - (new - p), dtype)
+    # Rounded up to half of a spacing, it would move the parameter by itself.
+    moves = round_to(new + lost, dtype) != new
+    smaller = jnp.nextafter(lost.astype(dtype), jnp.zeros([], dtype))
+    lost = jnp.where(jnp.isfinite(lost), lost, 0.0).astype(dtype)
+    return step, jnp.where(moves & jnp.isfinite(new), smaller, lost)
+
+
+_MASTER = {
+    32: _Rule(begin=trees.widen, weight=_master_weight, move=_move_master),
+    24: _Rule(
+        begin=lambda p: jnp.zeros_like(p, jnp.int8),
+        weight=lambda p, c: join_weight(trees.widen(p), c, p.dtype.name),
+        move=_move_split,
+    ),
+}
+_STOCHASTIC = _Rule(
+    begin=lambda p: None,
+    weight=lambda p, _: trees.widen(p),
+    move=_move_stochastically,
+)
+_COMPENSATED = _Rule(
+    begin=jnp.zeros_like,
+    weight=lambda p, c: trees.widen(p) + trees.widen(c),
+    move=_move_compensated,
+)
+
+
 def _is_narrow(p: jax.Array) -> bool:
     return p.dtype.name in NARROW
-
-
-def _widened(name: str, params: PyTree) -> PyTree:
-    """Copies in the dtype of the arithmetic: state and parameters may be donated."""
-    trees.check_floating(name, params)
-    return jax.tree.map(trees.widen, params)
 
 
 def _checked(name: str, inner_state: PyTree) -> PyTree:
@@ -422,28 +347,7 @@ def _checked(name: str, inner_state: PyTree) -> PyTree:
     for node in jax.tree.leaves(inner_state, is_leaf=keeps_weights):
         if keeps_weights(node):
             raise ValueError(
-                f"{name}: inner has a {type(node).__name__} inside, and so decides "
-                "already how weights are rounded; keep one of master_weights, "
-                "stochastic_rounding and compensated, outermost."
+                f"{name}: inner decides already how weights are rounded; keep one of "
+                "master_weights, stochastic_rounding and compensated, outermost."
             )
     return inner_state
-
-
-def _inner_update(
-    wrapped: optax.GradientTransformationExtraArgs,
-    updates: PyTree,
-    state: PyTree,
-    weights: PyTree,
-    extra_args: dict[str, Any],
-) -> tuple[PyTree, PyTree]:
-    """The update of the inner optimizer in float32, and its state as it came."""
-    wide = jax.tree.map(trees.widen, updates)
-    updates, inner_state = wrapped.update(wide, state, weights, **extra_args)
-    return updates, trees.cast_like(inner_state, state)
-
-
-def _keys(seed: int, count: jax.Array, tree: PyTree) -> PyTree:
-    """A key for the noise of every leaf in this step."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = [noise_key(seed % 2**32, count, index) for index in range(len(leaves))]
-    return jax.tree.unflatten(structure, keys)

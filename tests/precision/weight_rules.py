@@ -73,11 +73,11 @@ def kahan(p: Any, correction: Any, u: Any) -> tuple[np.ndarray, np.ndarray]:
 def weights_of(name: str, params: Any, state: Any) -> Any:
     """The float32 weights that parameters and state stand for."""
     if name == "master32":
-        return state.master
+        return state.kept
     if name == "master24":
-        return jax.tree.map(joined, params, state.correction)
+        return jax.tree.map(joined, params, state.kept)
     if name == "compensated":
-        return jax.tree.map(lambda p, c: wide(p) + wide(c), params, state.correction)
+        return jax.tree.map(lambda p, c: wide(p) + wide(c), params, state.kept)
     return jax.tree.map(wide, params)
 
 
