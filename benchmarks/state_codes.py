@@ -1,8 +1,9 @@
 """Which code of 8 bits does the least harm to the moments of a real training run?
 
 The GPT of `examples/train_gpt.py` is trained with AdamW in float32. At some steps every
-large moment is coded and decoded in float64 NumPy, in blocks of 256 along the last axis
-but one, and the update is computed from what is left. Reported for each code, as the
+large moment is rounded to the nearest code in float64 NumPy, in blocks of 256 (with 4
+bits 128) along the axis that `ox.quantize_state` takes, and the update is computed from
+what is left. Reported for each code, as the
 mean over parameters and steps: by how much the update of Adam changes (norm of the
 change over norm of the update) if the first, or the second moment is coded; for first
 moments also the change of the moment itself, which is what Muon and Lion see; and the
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import optaxplus as ox
-from optaxplus.numerics.quantization import dynamic_map
+from optaxplus.numerics.quantization import blocks_of, dynamic_map
 
 # A script's own folder, also where the tests load it by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -143,10 +144,9 @@ def moments(steps: int, at: list[int], seed: int) -> list[tuple[str, Any, Any]]:
 
 def in_blocks(x: np.ndarray, block: int) -> np.ndarray:
     """(blocks, entries of a block): along the axis that `ox.quantize_state` takes."""
-    axis = x.ndim - 2 if 2 * x.shape[-2] >= block else int(np.argmax(x.shape))
-    x = np.moveaxis(x, axis, -1)
-    length = min(block, x.shape[-1])
-    return x.reshape(-1, length)
+    blocks = blocks_of(x.shape, block)
+    x = np.moveaxis(x, blocks.axis, -1)
+    return x.reshape(-1, blocks.groups * blocks.group)
 
 
 def changes(

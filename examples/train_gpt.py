@@ -222,7 +222,9 @@ class Trainer:
 
     def _train_step(self, state: TrainState, windows: jax.Array) -> tuple[Any, Any]:
         """Takes one step; gives back the new state and the loss before it."""
-        loss, grads = jax.value_and_grad(self._loss)(state.params, windows)
+        # Gradients have the dtype of what is differentiated.
+        weights = optax.tree.cast(state.params, "float32")
+        loss, grads = jax.value_and_grad(self._loss)(weights, windows)
         return state.apply_gradients(grads=grads), loss
 
     def _validate(self, state: TrainState, run: Run) -> None:

@@ -91,8 +91,8 @@ class MeasuringTrainer(Trainer):
 
     def _train_step(self, state: TrainState, windows: jax.Array) -> tuple[Any, Any]:
         """Takes one step; gives back the new state and the loss before it."""
-        # Gradients have the dtype of the weights, and their sums over micro-batches are
-        # not to be rounded to bfloat16.
+        # Gradients have the dtype of what is differentiated, and their sums over
+        # micro-batches are not to be rounded to bfloat16.
         weights = optax.tree.cast(state.params, "float32")
         loss, grads = value_and_grad(self._loss, self.micro_batches)(weights, windows)
         return state.apply_gradients(grads=grads), loss

@@ -21,6 +21,7 @@ __all__ = [
     "check_floating",
     "check_not_outermost",
     "compute_dtype",
+    "find_nodes",
     "increment",
     "init_moment",
     "is_holder",
@@ -258,11 +259,15 @@ def check_not_outermost(function: str, state: PyTree) -> PyTree:
     def is_outermost(node: Any) -> bool:
         return hasattr(node, "outermost")
 
-    for node in jax.tree.leaves(state, is_leaf=is_outermost):
-        if is_outermost(node):
-            raise ValueError(
-                f"{function}: there is a {type(node).__name__} inside, of a wrapper "
-                "that decides how weights are rounded; what comes after it would "
-                f"change that. Put the wrapper around {function}."
-            )
+    if find_nodes(state, is_outermost):
+        raise ValueError(
+            f"{function}: there is a wrapper inside that decides how weights are "
+            "rounded, such as master_weights; what comes after it would change that. "
+            f"Put the wrapper around {function}."
+        )
     return state
+
+
+def find_nodes(tree: PyTree, is_wanted: Callable[[Any], bool]) -> list[Any]:
+    """Every node for which `is_wanted` is true, but for those inside of another."""
+    return list(filter(is_wanted, jax.tree.leaves(tree, is_leaf=is_wanted)))

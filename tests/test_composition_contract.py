@@ -16,10 +16,11 @@ from tests.assertions import (
     assert_trees_close,
     assert_trees_equal,
 )
-from tests.cases import CASES, NAMED, Case, variants_are_slow
+from tests.cases import CASES, NAMED, Case, one_of_each_family, variants_are_slow
 from tests.trajectories import run
 
 each_factory = pytest.mark.parametrize("case", variants_are_slow(CASES))
+each_family = pytest.mark.parametrize("case", one_of_each_family(CASES))
 
 SHAPES = {"dense": {"kernel": (5, 4)}, "norm": {"scale": (4,)}}
 MATRIX_SHAPES = {"dense": {"kernel": (5, 4)}}
@@ -106,7 +107,7 @@ def test_traced_structural_argument_names_the_remedy(case: Case, argument: str) 
         tx.init(params)
 
 
-@each_factory
+@each_family
 def test_equal_micro_batches_equal_one_batch(case: Case) -> None:
     params, (grads,) = problem(case, 1)
     (plain,), _ = run(case.make(), params, [grads])
@@ -122,7 +123,7 @@ def test_equal_micro_batches_equal_one_batch(case: Case) -> None:
     assert optax.tree.get(state, "gradient_step") == 1
 
 
-@pytest.mark.parametrize("case", variants_are_slow(NAMED))
+@pytest.mark.parametrize("case", one_of_each_family(NAMED))
 def test_accumulated_micro_batches_equal_one_batch(case: Case) -> None:
     params, grads = problem(case, 2)
     mean = jax.tree.map(lambda *g: sum(g) / 2, *grads)
@@ -161,7 +162,7 @@ def test_masked_and_partitioned_trees(case: Case) -> None:
     assert_trees_equal(split, alone | {"other": others["other"], "frozen": zeros})
 
 
-@each_factory
+@each_family
 def test_nonfinite_steps_are_skipped(case: Case) -> None:
     params, (first, second) = problem(case)
     tx = optax.apply_if_finite(case.make(), max_consecutive_errors=5)
@@ -205,7 +206,7 @@ def test_state_can_be_searched_and_mapped(case: Case) -> None:
             assert_trees_equal(optax.tree.get(state, name), getattr(state, name))
 
 
-@each_factory
+@each_family
 def test_vmap_is_one_after_the_other(case: Case) -> None:
     params, grads = problem(case)
     pairs = jax.tree.map(lambda *leaves: jnp.stack(leaves), params, grads[0])

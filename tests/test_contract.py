@@ -50,7 +50,7 @@ def params_and_gradients(case: Case, steps: int = 3, dtype: Any = "float32"):
 # State
 
 
-@each_case
+@each_factory
 def test_types_of_states_and_updates(case: Case) -> None:
     for dtype in DTYPES:
         params, (grads,) = params_and_gradients(case, 1, dtype)
@@ -115,8 +115,9 @@ def test_state_holds_no_constants(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in CASES if {"mu_dtype", "nu_dtype"} & case.parameters.keys()],
-    ids=str,
+    variants_are_slow(
+        [case for case in CASES if {"mu_dtype", "nu_dtype"} & case.parameters.keys()]
+    ),
 )
 def test_moments_are_stored_as_asked(case: Case) -> None:
     params, grads = params_and_gradients(case, 2)
@@ -218,8 +219,7 @@ def test_tiny_and_huge_gradients_are_finite(case: Case) -> None:
 @pytest.mark.parametrize(
     # optax's semantics of the global norm: one NaN makes everything NaN.
     "case",
-    [case for case in CASES if case.scope != "tree"],
-    ids=str,
+    variants_are_slow([case for case in CASES if case.scope != "tree"]),
 )
 def test_nonfinite_number_stays_where_it_is(case: Case) -> None:
     tx = case.make()
@@ -369,7 +369,7 @@ def _slices(tree: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-@each_case
+@each_factory
 def test_a_stack_is_its_slices(case: Case) -> None:
     names = {"stack"} if case.matrix_only else {"stack", "biases"}
     if {"axes", "rules"} & case.parameters.keys():

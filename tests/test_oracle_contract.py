@@ -13,7 +13,7 @@ import optaxplus as ox
 from optaxplus import trees
 from tests import problems
 from tests.assertions import assert_trees_close
-from tests.cases import BFLOAT16_RTOL, NAMED, Case
+from tests.cases import BFLOAT16_RTOL, NAMED, Case, variants_are_slow
 from tests.references.clipping import clip_by_global_norm
 from tests.references.torch_trajectories import load_torch_trajectories
 
@@ -182,7 +182,7 @@ def test_optax(case: Case) -> None:
 
 
 # What bfloat16 parameters reach, float32 parameters reach too.
-@each_named
+@pytest.mark.parametrize("case", variants_are_slow(NAMED))
 @pytest.mark.parametrize(
     "dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
 )

@@ -17,10 +17,10 @@ import optaxplus as ox
 from optaxplus import trees
 from tests import problems
 from tests.assertions import assert_trees_close, assert_trees_equal
-from tests.cases import CASES, Case, variants_are_slow
+from tests.cases import CASES, Case, one_of_each_family, variants_are_slow
 
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_factory = pytest.mark.parametrize("case", variants_are_slow(CASES))
+each_family = pytest.mark.parametrize("case", one_of_each_family(CASES))
 
 SHAPES = {
     "dense": {"kernel": (8, 4)},
@@ -138,7 +138,7 @@ def assert_placed(tree: Any, specs: Any, mesh: Mesh) -> None:
         )
 
 
-@each_factory
+@each_family
 def test_many_devices_agree_with_one(case: Case) -> None:
     tx = case.make()
     plain, plain_state = run(tx, tx.update, *problem(case))
@@ -157,7 +157,7 @@ def test_many_devices_agree_with_one(case: Case) -> None:
     assert_placed(state, specs, mesh)
 
 
-@each_case
+@each_factory
 def test_shardings_in_types(case: Case) -> None:
     tx = case.make()
     mesh = make_mesh(AxisType.Explicit)

@@ -87,6 +87,7 @@ def test_restored_onto_another_mesh(trained):
     assert restored["largest_difference"] < TOLERANCE
 
 
+@pytest.mark.slow
 def test_resumed_on_explicit_axes(trained, tmp_path):
     out, _, found = trained
     os.symlink(out / "checkpoints", tmp_path / "checkpoints")

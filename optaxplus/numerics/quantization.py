@@ -14,9 +14,19 @@ of gradients. It changes the updates of Adam, and first moments themselves, less
 other powers, logarithms, floating-point formats and the map of bitsandbytes do, see
 benchmarks/state_codes.py, and needs no table, which a TPU would be slow to look up.
 
+An average that moves by less than half of the gap between two codes in a step would not
+move at all if it were rounded to the nearest. So "root" rounds an x between two codes
+up in that share of the steps which its distance from the lower one is of the gap:
+
+    up if  x/s - f(c) > u·(f(c+1) - f(c)),      u = (position + step)·φ mod 1
+
+With the golden ratio φ, the thresholds u of an entry fill [0, 1) evenly over any number
+of steps. Random ones would be right on average too, and make twice the error or less.
+
 Sources: Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv
 2110.02861, sections 2.1 and 2.2, for blocks and the dynamic map; FlashOptim, arXiv
-2602.23349, for codes by arithmetic.
+2602.23349, for codes by arithmetic; Weyl, Über die Gleichverteilung von Zahlen mod.
+Eins, Math. Ann. 77 (1916), for the thresholds.
 """
 
 import functools
@@ -31,6 +41,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxplus.numerics.explicit_axes import explicit_axes, left_to_compiler
+from optaxplus.numerics.rounding import even_thresholds
 
 __all__ = [
     "CODES",
@@ -48,7 +59,10 @@ _TINY = float(np.finfo(np.float32).tiny)
 # Of larger numbers, four times the inverse is neither 0 nor infinite.
 _SMALLEST_SCALE = 4 * _TINY
 
-# Adding it to a float32 leaves the nearest integer in the low bits, ties to even.
+# More than the rounding errors of a root of up to 255: what is a code stays one.
+_MARGIN = 2.0**-10
+
+# Adding it to a float32 leaves an integer in the low bits.
 _ROUNDER = 1.5 * 2.0**23
 
 
@@ -110,6 +124,7 @@ def quantize(
     signed: bool,
     code: str = "root",
     block_size: int = 256,
+    step: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Codes and scales of an array.
 
@@ -119,6 +134,8 @@ def quantize(
         never gets the code of 0.
       code: Name in `CODES`.
       block_size: Largest number of entries that share a scale.
+      step: Of the thresholds of "root", shape (), int32; None rounds to the nearest.
+        "dynamic" always does, as bitsandbytes.
 
     Returns:
       Codes of the shape of `x`, int8 for the signed "root" and uint8 otherwise, and
@@ -129,17 +146,19 @@ def quantize(
     blocks = blocks_of(x.shape, block_size)
     sharding = jax.typeof(x).sharding
 
-    def inside(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def inside(x: jax.Array, step: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         size = jnp.abs(wide)
         finite = jnp.where(size < jnp.inf, size, 0.0)
         scales = _block_max(jnp.maximum(finite, _SMALLEST_SCALE), blocks)
         ratio = _ratio(size, scales, blocks).astype(jnp.float32)
         sign = wide.astype(jnp.float32) if signed else None
-        return CODES[code].encode(ratio, sign), scales
+        # Of the last two axes: a matrix in a stack is rounded as it is alone.
+        threshold = 0.5 if step is None else even_thresholds(step, x.shape[-2:])
+        return CODES[code].encode(ratio, sign, threshold), scales
 
     return left_to_compiler(
-        inside, x, shardings=(sharding, _scales_sharding(sharding, blocks))
+        inside, x, shardings=(sharding, _scales_sharding(sharding, blocks)), step=step
     )
 
 
@@ -248,18 +267,19 @@ class Code:
     """A code for numbers in [-1, 1].
 
     Attributes:
-      encode: (ratios, signs) -> codes. Ratios are the sizes of the numbers, float32,
-        and may exceed 1 by a rounding; the second argument has their signs, and is None
-        if none is negative.
+      encode: (ratios, signs, thresholds) -> codes. Ratios are the sizes of the numbers,
+        float32, and may exceed 1 by a rounding; the second argument has their signs,
+        and is None if none is negative; a ratio is rounded up from the share of a gap
+        on that is its threshold, in [0, 1).
       decode: (codes, signed) -> float32 ratios.
     """
 
-    encode: Callable[[jax.Array, jax.Array | None], jax.Array]
+    encode: Callable[[jax.Array, jax.Array | None, jax.Array | float], jax.Array]
     decode: Callable[[jax.Array, bool], jax.Array]
 
 
 def root_code(sizes: int = 127, unsigned_sizes: int = 255) -> Code:
-    """The code that is the nearest integer to a root.
+    """The code that is a rounded root.
 
     What is not finite becomes 0 if numbers may be negative, and else infinite: the code
     0 of numbers that may not is of no other use, because none of them is 0 then.
@@ -270,28 +290,42 @@ def root_code(sizes: int = 127, unsigned_sizes: int = 255) -> Code:
     """
     smallest = float(unsigned_sizes) ** -4
 
-    def encode(ratio: jax.Array, sign: jax.Array | None) -> jax.Array:
-        if sign is None:
-            root = jnp.sqrt(jnp.sqrt(jnp.maximum(ratio, smallest)))
-            code = jnp.where(ratio < jnp.inf, unsigned_sizes * root, 0.0)
-            return _nearest(code).astype(jnp.uint8)
-        code = jnp.where(ratio < jnp.inf, sizes * jnp.sqrt(ratio), 0.0)
-        sign_bit = _bits(sign) & np.int32(-(2**31))
-        signed_code = lax.bitcast_convert_type(_bits(code) | sign_bit, jnp.float32)
-        return _nearest(signed_code).astype(jnp.int8)
-
-    def decode(codes: jax.Array, signed: bool) -> jax.Array:
-        root = codes.astype(jnp.float32) * (1.0 / (sizes if signed else unsigned_sizes))
+    def value(code: jax.Array, signed: bool) -> jax.Array:
+        root = code * (1.0 / (sizes if signed else unsigned_sizes))
         if signed:
             return root * jnp.abs(root)
         square = root * root
-        return jnp.where(codes == 0, jnp.inf, square * square)
+        return square * square
+
+    def encode(
+        ratio: jax.Array, sign: jax.Array | None, threshold: jax.Array | float
+    ) -> jax.Array:
+        signed = sign is not None
+        if signed:
+            root, largest = jnp.sqrt(ratio), sizes
+        else:
+            root = jnp.sqrt(jnp.sqrt(jnp.maximum(ratio, smallest)))
+            largest = unsigned_sizes
+        below = jnp.floor(largest * root + _MARGIN)
+        above = below + 1.0
+        low, high = value(below, signed), value(above, signed)
+        code = jnp.where(ratio - low > threshold * (high - low), above, below)
+        code = jnp.where(ratio < jnp.inf, jnp.minimum(code, largest), 0.0)
+        if not signed:
+            return _integer(code).astype(jnp.uint8)
+        sign_bit = _bits(sign) & np.int32(-(2**31))
+        signed_code = lax.bitcast_convert_type(_bits(code) | sign_bit, jnp.float32)
+        return _integer(signed_code).astype(jnp.int8)
+
+    def decode(codes: jax.Array, signed: bool) -> jax.Array:
+        x = value(codes.astype(jnp.float32), signed)
+        return x if signed else jnp.where(codes == 0, jnp.inf, x)
 
     return Code(encode, decode)
 
 
-def _nearest(x: jax.Array) -> jax.Array:
-    """The nearest integer, ties to even, in the low bits of an int32; |x| < 2^22."""
+def _integer(x: jax.Array) -> jax.Array:
+    """An integer, in the low bits of an int32; |x| < 2^22."""
     return _bits(x + _ROUNDER)
 
 
@@ -317,7 +351,10 @@ def dynamic_map(signed: bool) -> np.ndarray:
     return np.sort(np.asarray(values, np.float32))
 
 
-def _encode_dynamic(ratio: jax.Array, sign: jax.Array | None) -> jax.Array:
+def _encode_dynamic(
+    ratio: jax.Array, sign: jax.Array | None, threshold: jax.Array | float
+) -> jax.Array:
+    del threshold  # bitsandbytes rounds to the nearest
     table = dynamic_map(signed=sign is not None)
     midpoints = (table[1:] + table[:-1]) / 2
     x = ratio if sign is None else jnp.where(jnp.signbit(sign), -ratio, ratio)

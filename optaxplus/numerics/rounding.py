@@ -12,6 +12,7 @@ from jax import lax
 
 __all__ = [
     "NARROW",
+    "even_thresholds",
     "join_weight",
     "noise_key",
     "round_stochastically",
@@ -138,13 +139,30 @@ def uniform_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     Good enough to round with and a fiftieth of the work of `jax.random` (of which
     compilers keep arrays). The same on any number of devices.
     """
-    position = jnp.full(shape, key)
-    stride = 1
+    return _mixed(key + _position(shape, 1))
+
+
+def even_thresholds(step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Numbers in [0, 1), float32, that fill it evenly over the steps for every entry.
+
+    (position + step)·φ modulo 1 with the golden ratio φ: of any number of steps in a
+    row, the share below p is p but for a few steps (Weyl 1916). The same on any number
+    of devices.
+    """
+    turns = _position(shape, _GOLDEN) + step.astype(jnp.uint32) * np.uint32(_GOLDEN)
+    # A float32 in [1, 2).
+    return _float((turns >> 9) | np.uint32(0x3F800000)) - 1.0
+
+
+def _position(shape: tuple[int, ...], factor: int) -> jax.Array:
+    """The place of every entry in its array times `factor`, uint32, modulo 2^32."""
+    position = jnp.zeros(shape, jnp.uint32)
+    stride = factor
     for axis in reversed(range(len(shape))):
         step = np.uint32(stride & 0xFFFFFFFF)
         position += lax.broadcasted_iota(jnp.uint32, shape, axis) * step
         stride *= shape[axis]
-    return _mixed(position)
+    return position
 
 
 # 2^32 over the golden ratio, odd: multiples of it are far apart.

@@ -1,6 +1,6 @@
 """Dynamic loss scaling, for gradients in float16.
 
-float16 has no numbers below 6e-8, and most gradients are smaller. The loss is
+float16 has no numbers below 6e-8, and many gradients are smaller. The loss is
 multiplied by a scale s before it is differentiated, the gradients are divided by it:
 
     all finite:      u <- inner(g/s),   k <- k + 1;    k = K:  s <- f·s,  k <- 0
@@ -137,7 +137,7 @@ def dynamic_loss_scale(
 
         new, inner_state = jax.lax.cond(is_finite, step, skip)
         finite_steps = jnp.where(is_finite, state.finite_steps + 1, 0)
-        grows = finite_steps == growth_interval
+        grows = finite_steps >= growth_interval
         factor = jnp.where(grows, growth_factor, 1.0)
         scale = state.scale * jnp.where(is_finite, factor, backoff_factor)
         return new, LossScaleState(
@@ -187,4 +187,4 @@ def _scales(state: PyTree) -> list[LossScaleState]:
     def is_scale(node: Any) -> bool:
         return isinstance(node, LossScaleState)
 
-    return list(filter(is_scale, jax.tree.leaves(state, is_leaf=is_scale)))
+    return trees.find_nodes(state, is_scale)

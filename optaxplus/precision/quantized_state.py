@@ -1,6 +1,6 @@
 """Optimizer state in 8 bits, around any transformation.
 
-    u, m <- inner(g, decode(c)),      c <- encode(m)
+    u, m <- inner(g, decode(c)),      c <- encode(m, step)
 
 The update is that of the exact m: codes only carry it to the next step.
 
@@ -8,7 +8,7 @@ Codes and their sources: `optaxplus.numerics.quantization`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from optaxplus import trees, validation
 from optaxplus.custom_types import PyTree
 from optaxplus.numerics.quantization import CODES, dequantize, quantize
 from optaxplus.partition.inference import roles_by_path
-from optaxplus.partition.rules import DEFAULT_RULES, Rule
+from optaxplus.partition.rules import DEFAULT_RULES, Rule, check_rules
 
 __all__ = [
     "MOMENTS",
@@ -33,9 +33,9 @@ __all__ = [
 MOMENTS: Mapping[str, str] = MappingProxyType(
     {
         "ema": "signed",
+        "m1": "signed",
         "mu": "signed",
         "mu_diff": "signed",
-        "mu_slow": "signed",
         "nu": "unsigned",
         "nu_max": "unsigned",
         "sum_of_squares": "unsigned",
@@ -45,7 +45,12 @@ MOMENTS: Mapping[str, str] = MappingProxyType(
 """Fields of states, ours and optax's, that hold averages or sums of what `update` was
 given, and whether they may be negative. Not among them are fields whose exact value
 counts: parameters (`slow`, masters), earlier gradients that the next ones are
-subtracted from, bases, sums over micro-batches."""
+subtracted from, bases, sums over micro-batches, and averages over 10,000 steps
+(`mu_slow` and `m2` of AdEMAMix), which move by less than the codes resolve: they would
+be off by up to a half."""
+
+# Of optax; of all others `nu` is a mean square.
+_SIGNED_NU = ("ScaleBySM3State", "SophiaState")
 
 # They subtract the square of mu from nu, of which little is left where both are coded.
 _CENTERED = ("ScaleByRStdDevState", "ScaleByRmspropState")
@@ -89,14 +94,27 @@ class QuantizedArray:
         )
         return x.astype(self.dtype)
 
-    def like(self, x: jax.Array) -> "QuantizedArray":
-        """The array `x` with the same code and blocks."""
-        return _encoded(x, self.signed, self.code, self.block_size)
+    def like(self, x: jax.Array, step: jax.Array) -> "QuantizedArray":
+        """The array `x` with the same dtype, code and blocks.
+
+        Args:
+          x: Real floating-point array of the same shape.
+          step: Of the rounding, see `optaxplus.numerics.quantization`; shape (), int32.
+        """
+        codes, scales = quantize(
+            x.astype(self.dtype),
+            signed=self.signed,
+            code=self.code,
+            block_size=self.block_size,
+            step=step,
+        )
+        return replace(self, codes=codes, scales=scales)
 
 
 class QuantizedState(NamedTuple):
     """State of `quantize_state`."""
 
+    count: jax.Array  # shape (), int32: finished updates
     inner_state: Any  # of the wrapped one, with a `QuantizedArray` for a large moment
 
 
@@ -137,21 +155,29 @@ def quantize_state(
     entries: of AdamW's 8 bytes per parameter 2.03 are left, of Lion's and Muon's 4
     1.02. Codes have the parameter's shape and lie as it does on a mesh; blocks lie
     along the last axis but one where it is long enough, see
-    `optaxplus.numerics.quantization.blocks_of`. State is ordinary arrays, which Orbax
-    saves as they are.
+    `optaxplus.numerics.quantization.blocks_of`. State is ordinary arrays in a pytree,
+    which Orbax saves as it is; `flax.serialization` does not know `QuantizedArray`.
 
     What is kept in float32: parameters with fewer than `min_size` entries or of a role
     in `keep`, whose rows meet a gradient rarely; moments of another shape than their
     parameter (row and column sums); complex moments; everything that is no moment.
 
-    Accuracy of "root": a first moment is off by at most 0.8 % where it is the largest
-    of its block, 3 % at 1/16 of it, 13 % at 1/256, and becomes 0 below 1.5e-5; a second
-    moment by at most 0.8 %, 1.6 %, 3.2 %. The update of AdamW changes by 1 % in the
-    norm (benchmarks/state_codes.py). A second moment never becomes 0: it is at least
-    2e-10 of the largest in its block, and 1.2e-38. Scales are exact, so that results do
-    not depend on the size of gradients. NaN and infinite entries leave their block
-    alone; a first moment forgets them (0), a second one stays infinite, with an update
-    of 0. ("dynamic" makes them the largest of the block.)
+    Accuracy of "root": a moment becomes one of the two codes beside it. For a first
+    moment they are 1.6 % apart where it is the largest of its block, 6 % at 1/16 of it,
+    25 % at 1/256, and 0 is one of them below 6.2e-5; for a second moment 1.6 %, 3 %,
+    6 %. Which of them it becomes changes from step to step, so that averages are right:
+    a moment follows its gradients even where a step moves it by less than a gap, as
+    with b2=0.999. Nearest codes, as of "dynamic", stay where they are then. What the
+    codings of all the steps that a moment remembers add up to, simulated with
+    independent gradients: 2 to 3 % of first moments with b1 of 0.9 to 0.95 and 6 % with
+    0.99, in the norm; 4 % of second moments with b2=0.95 and 12 % with 0.999, half of
+    that in the update.
+
+    A second moment never becomes 0: it is at least 2e-10 of the largest in its block,
+    and 1.2e-38. Scales are exact, so that results do not depend on the size of
+    gradients. NaN and infinite entries leave their block alone; a first moment forgets
+    them (0), a second one stays infinite, with an update of 0. ("dynamic" makes them
+    the largest of the block.)
 
     Restore a checkpoint with the `code` and `block_size` that it was saved with: they
     are not in it, and the bytes of one code mean nothing in another.
@@ -166,7 +192,7 @@ def quantize_state(
       block_size: Largest number of entries that share a scale. >= 8. Static.
       min_size: Parameters with fewer entries keep float32 moments. >= 1. Static.
       code: "root", the rounded root, or "dynamic", the map of bitsandbytes, which is
-        less accurate and slower. Static.
+        less accurate and slower, and loses what is slow. Static.
       keep: Roles whose moments stay in float32, see `optaxplus.infer_roles`. A
         parameter that `rules` cannot decide has no role. Static.
       rules: Ordered rules that give the roles; put your own in front. Static.
@@ -180,8 +206,9 @@ def quantize_state(
     Raises:
       TypeError: If an argument has a wrong type.
       ValueError: If an argument is out of range, if `inner` is quantized already, has
-        large state in fields with other names only, or subtracts its moments from each
-        other (centered RMSProp).
+        large state in fields with other names only, subtracts its moments from each
+        other (centered RMSProp), or has a `nu` that may be negative (optax's SM3 and
+        Sophia) while `fields` say that it may not.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox
@@ -202,25 +229,31 @@ def quantize_state(
     if bits != 8:
         reason = f"; {_FOUR_BITS}" if bits == 4 else ""
         raise ValueError(f"{name}: bits={bits} is not allowed; it must be 8{reason}.")
+    if not isinstance(fields, Mapping):
+        raise TypeError(
+            f"{name}: fields={fields!r} is not allowed; it must be a mapping from "
+            "names to 'signed' or 'unsigned'."
+        )
     for field_name, kind in fields.items():
         validation.check_choice(
             name, f"fields[{field_name!r}]", kind, ("signed", "unsigned")
         )
-    if isinstance(keep, str):
+    if isinstance(keep, str) or not isinstance(keep, Collection):
         raise TypeError(
             f"{name}: keep={keep!r} is not allowed; it must be a collection of roles, "
-            f"such as ({keep!r},)."
+            "such as ('embedding',)."
         )
+    rules = check_rules(name, rules)
     wrapped = optax.with_extra_args_support(inner)
 
     def init_fn(params: PyTree) -> QuantizedState:
         state = wrapped.init(params)
-        _check_inner(name, state)
+        _check_inner(name, state, fields)
         roles = roles_by_path(name, params, rules)
         shapes = {
-            path: leaf.shape
+            path: jnp.shape(leaf)
             for path, leaf in trees.leaves_with_paths(params)
-            if leaf.ndim and leaf.size >= min_size and roles[path] not in keep
+            if jnp.ndim(leaf) and jnp.size(leaf) >= min_size and roles[path] not in keep
         }
         flat, structure = jax.tree_util.tree_flatten_with_path(
             state, is_leaf=trees.is_holder
@@ -245,7 +278,9 @@ def quantize_state(
                 f"fields={{{min(found)!r}: 'signed'}}, or 'unsigned' where they are "
                 "never negative."
             )
-        return QuantizedState(jax.tree.unflatten(structure, nodes))
+        return QuantizedState(
+            jnp.zeros([], jnp.int32), jax.tree.unflatten(structure, nodes)
+        )
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
@@ -254,47 +289,55 @@ def quantize_state(
             updates, dequantize_state(state.inner_state), params, **extra_args
         )
         encoded = jax.tree.map(
-            lambda old, leaf: old.like(leaf) if _is_quantized(old) else leaf,
+            lambda old, leaf: (
+                old.like(leaf, state.count) if _is_quantized(old) else leaf
+            ),
             state.inner_state,
             new,
             is_leaf=_is_quantized,
         )
-        return updates, QuantizedState(encoded)
+        return updates, QuantizedState(trees.increment(state.count), encoded)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_inner(function: str, state: PyTree) -> None:
+def _check_inner(function: str, state: PyTree, fields: Mapping[str, str]) -> None:
     """Refuses a state whose moments cannot be coded."""
 
-    def is_refused(node: Any) -> bool:
-        return _is_quantized(node) or _is_centered(node)
+    def is_centered(node: Any) -> bool:
+        return type(node).__name__ in _CENTERED and node.mu is not None
 
-    for node in filter(is_refused, jax.tree.leaves(state, is_leaf=is_refused)):
-        if _is_quantized(node):
-            raise ValueError(
-                f"{function}: inner is quantized already; take away one of the two."
-            )
+    def has_signed_nu(node: Any) -> bool:
+        return type(node).__name__ in _SIGNED_NU
+
+    if trees.find_nodes(state, _is_quantized):
+        raise ValueError(
+            f"{function}: inner is quantized already; take away one of the two."
+        )
+    if trees.find_nodes(state, is_centered):
         raise ValueError(
             f"{function}: the centered RMSProp inside of inner subtracts the square of "
             "a mean from a mean square, of which the rounding of both leaves little; "
             "use centered=False."
         )
-
-
-def _is_centered(node: Any) -> bool:
-    return type(node).__name__ in _CENTERED and node.mu is not None
+    for node in trees.find_nodes(state, has_signed_nu):
+        if fields.get("nu") == "unsigned":
+            raise ValueError(
+                f"{function}: the field 'nu' of {type(node).__name__} inside of inner "
+                "may be negative; say so by fields={'nu': 'signed'}, and name its "
+                "other moments there, such as 'mu': 'signed'."
+            )
 
 
 def _field_of(
     key_path: tuple[Any, ...], x: jax.Array, shapes: Mapping[str, tuple[int, ...]]
 ) -> str | None:
     """The field of a state that holds `x` for a parameter in `shapes`, if one does."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         return None
     for index, key in enumerate(key_path):
         path = trees.path_text(key_path[index + 1 :])
-        if hasattr(key, "name") and shapes.get(path) == x.shape:
+        if hasattr(key, "name") and shapes.get(path) == jnp.shape(x):
             return key.name
     return None
 

@@ -208,13 +208,13 @@ class _Rule(NamedTuple):
     """How low-precision parameters p are kept, leaf by leaf.
 
     Attributes:
-      begin: Makes of p what is kept beside it.
+      begin: Makes of p what is kept beside it; None if nothing is.
       weight: Makes the float32 weight w of both.
       move: Given p, what is kept, w, its update u, and a function that makes random
         bits: the number that moves p, in float32, and what is kept from then on.
     """
 
-    begin: Callable[[jax.Array], jax.Array | None]
+    begin: Callable[[jax.Array], jax.Array] | None
     weight: Callable[[jax.Array, Any], jax.Array]
     move: Callable[
         [jax.Array, Any, jax.Array, jax.Array, Callable[[], jax.Array]],
@@ -228,13 +228,15 @@ def _outermost(
     """`inner` moves the weights of the rule, and the parameters follow."""
     wrapped = optax.with_extra_args_support(inner)
 
+    def begin(p: jax.Array) -> jax.Array | None:
+        return rule.begin(p) if rule.begin and _is_narrow(p) else None
+
     def init_fn(params: PyTree) -> RoundedWeightsState:
         trees.check_floating(name, params)
+        _check_dtypes(name, params)
         return RoundedWeightsState(
             count=jnp.zeros([], jnp.int32),
-            kept=jax.tree.map(
-                lambda p: rule.begin(p) if _is_narrow(p) else None, params
-            ),
+            kept=jax.tree.map(begin, params),
             # State gets copies of parameters, as both may be donated.
             inner_state=_checked(name, wrapped.init(jax.tree.map(trees.widen, params))),
         )
@@ -246,6 +248,8 @@ def _outermost(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, RoundedWeightsState]:
         validation.check_params(name, params)
+        if rule.begin:
+            _check_kept(name, params, state.kept)
         weights = jax.tree.map(weight, params, state.kept)
         updates, inner_state = wrapped.update(
             jax.tree.map(trees.widen, updates), state.inner_state, weights, **extra_args
@@ -323,7 +327,7 @@ _MASTER = {
     ),
 }
 _STOCHASTIC = _Rule(
-    begin=lambda p: None,
+    begin=None,
     weight=lambda p, _: trees.widen(p),
     move=_move_stochastically,
 )
@@ -335,7 +339,33 @@ _COMPENSATED = _Rule(
 
 
 def _is_narrow(p: jax.Array) -> bool:
-    return p.dtype.name in NARROW
+    return jnp.result_type(p).name in NARROW
+
+
+def _check_dtypes(name: str, params: PyTree) -> None:
+    """Refuses weights that are too narrow for any of the rules."""
+    for path, p in trees.leaves_with_paths(params):
+        dtype = jnp.result_type(p)
+        if dtype.itemsize < 4 and not _is_narrow(p):
+            raise TypeError(
+                f"{name}: parameter {path!r} of dtype {dtype} is not allowed; it must "
+                f"be {', '.join(NARROW)}, float32 or wider."
+            )
+
+
+def _check_kept(name: str, params: PyTree, kept: PyTree) -> None:
+    """Refuses other dtypes than those of `init`: nothing would be kept of them."""
+
+    def check(key_path: tuple[Any, ...], p: jax.Array, beside: Any) -> None:
+        if _is_narrow(p) == (beside is None):
+            raise TypeError(
+                f"{name}: parameter {trees.path_text(key_path)!r} of dtype "
+                f"{jnp.result_type(p)} is not allowed; it was "
+                f"{'wider' if beside is None else 'narrower'} at init. Give update the "
+                "parameters as they are kept, not a copy in another dtype."
+            )
+
+    jax.tree_util.tree_map_with_path(check, params, kept)
 
 
 def _checked(name: str, inner_state: PyTree) -> PyTree:
@@ -344,10 +374,9 @@ def _checked(name: str, inner_state: PyTree) -> PyTree:
     def keeps_weights(node: Any) -> bool:
         return hasattr(node, "outermost")
 
-    for node in jax.tree.leaves(inner_state, is_leaf=keeps_weights):
-        if keeps_weights(node):
-            raise ValueError(
-                f"{name}: inner decides already how weights are rounded; keep one of "
-                "master_weights, stochastic_rounding and compensated, outermost."
-            )
+    if trees.find_nodes(inner_state, keeps_weights):
+        raise ValueError(
+            f"{name}: inner decides already how weights are rounded; keep one of "
+            "master_weights, stochastic_rounding and compensated, outermost."
+        )
     return inner_state

@@ -84,9 +84,13 @@ def accumulate(
             wide = trees.widen(g)
             return total.astype(wide.dtype) + wide
 
+        count = state.micro_step + 1
+
         def step() -> tuple[PyTree, PyTree, Any]:
             mean = jax.tree.map(
-                lambda g, total: sum_of(g, total) / every_k, updates, state.grad_sum
+                lambda g, total: sum_of(g, total) / trees.scalar_for(count, g),
+                updates,
+                state.grad_sum,
             )
             new, inner_state = wrapped.update(
                 mean, state.inner_state, params, **extra_args
@@ -105,9 +109,10 @@ def accumulate(
             )
             return zeros, total, state.inner_state
 
-        is_last = state.micro_step == every_k - 1
+        # More have come if a state was saved with a larger every_k.
+        is_last = count >= every_k
         new, grad_sum, inner_state = jax.lax.cond(is_last, step, wait)
-        micro_step = jnp.where(is_last, 0, state.micro_step + 1)
+        micro_step = jnp.where(is_last, 0, count)
         return new, AccumulateState(micro_step, grad_sum, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

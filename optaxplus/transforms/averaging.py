@@ -96,7 +96,7 @@ def lookahead(
         steps, inner_state = wrapped.update(
             updates, state.inner_state, params, **extra_args
         )
-        is_sync = state.steps_since_sync == every_k - 1
+        is_sync = state.steps_since_sync >= every_k - 1
         updates, slow = trees.map_several(
             lambda *leaves: _lookahead_leaf(*leaves, alpha=alpha, is_sync=is_sync),
             2,

@@ -30,6 +30,7 @@ __all__ = [
     "NAMED",
     "NEWTON_SCHULZ_RTOL",
     "Case",
+    "one_of_each_family",
     "variants_are_slow",
 ]
 
@@ -60,4 +61,44 @@ def variants_are_slow(cases: Sequence[Case]) -> list[Any]:
             marks=[pytest.mark.slow] if case.factory in factories[:index] else [],
         )
         for index, case in enumerate(cases)
+    ]
+
+
+# One row of each kind of state and of each way to an update, links and optimizers.
+FAMILIES = (
+    "scale_by_momentum",
+    "scale_by_adam",
+    "scale_by_adopt",
+    "lookahead",
+    "trust_ratio-lamb",
+    "factored_rms",
+    "orthogonalize_via_newton_schulz",
+    "sgd",
+    "adamw",
+    "adan",
+    "lion",
+    "lamb",
+    "adafactor",
+    "ranger",
+    "cautious-adamw",
+    "muon",
+    "normuon",
+    "dion",
+    "scion",
+    "adamw8bit",
+)
+
+
+def one_of_each_family(cases: Sequence[Case]) -> list[Any]:
+    """Parameters of a test that compiles something large for every row.
+
+    One row of each family of states is run by default, the others with `-m slow`.
+    """
+    return [
+        pytest.param(
+            case,
+            id=case.name,
+            marks=[] if case.name in FAMILIES else [pytest.mark.slow],
+        )
+        for case in cases
     ]

@@ -130,15 +130,15 @@ def test_weights_are_rounded_once(outer, inner):
         ),
         (
             lambda: ox.cautious(ox.master_weights(adamw())),
-            r"^cautious: .*RoundedWeightsState",
+            r"^cautious: .*decides how weights are rounded",
         ),
         (
             lambda: ox.chain_in_float32(master_24(adamw())),
-            r"^chain_in_float32: .*RoundedWeightsState",
+            r"^chain_in_float32: .*decides how weights are rounded",
         ),
         (
             lambda: ox.muon(0.1, fallback=ox.stochastic_rounding(adamw())),
-            r"RoundedWeightsState",
+            r"decides how weights are rounded",
         ),
         (
             lambda: in_codes(optax.chain(in_codes(adamw()))),

@@ -323,7 +323,7 @@ def test_two_wrappers_are_refused(name: str, inside: str):
 @each_wrapper
 def test_what_changes_updates_is_refused_around(name: str, function: str, around):
     tx = around(optax.chain(WRAPPERS[name](ox.sgd(0.1))))
-    message = f"{function}: there is a .*State inside, .* Put the wrapper around"
+    message = f"{function}: there is a wrapper inside that .* Put the wrapper around"
     with pytest.raises(ValueError, match=message):
         tx.init(PARAMS)
     # The other way round it is what was meant.
@@ -388,3 +388,33 @@ def test_wrong_parameters_are_refused(name: str):
     message = ": parameter 'a/n' of dtype int32 is not allowed; it must be floating"
     with pytest.raises(TypeError, match=message):
         WRAPPERS[name](optax.identity()).init({"a": {"n": jnp.ones(2, jnp.int32)}})
+
+
+@pytest.mark.parametrize("name", ["master32", "master24", "compensated"])
+def test_parameters_of_another_dtype_than_at_init_are_refused(name: str):
+    tx = WRAPPERS[name](ox.sgd(0.1))
+    params = {"dense": {"kernel": jnp.ones((2, 2), jnp.bfloat16), "bias": None}}
+    wide = optax.tree.cast(params, "float32")
+    message = r"parameter 'dense/kernel' of dtype {} .* {} at init"
+    with pytest.raises(TypeError, match=message.format("float32", "narrower")):
+        tx.update(wide, tx.init(params), wide)
+    with pytest.raises(TypeError, match=message.format("bfloat16", "wider")):
+        tx.update(params, tx.init(wide), params)
+    with pytest.raises(TypeError, match=message.format("float32", "narrower")):
+        jax.eval_shape(tx.update, params, tx.init(params), wide)
+
+
+@each_wrapper
+def test_weights_of_8_bits_are_refused(name: str):
+    params = {"dense": {"kernel": jnp.ones((2, 2), jnp.float8_e4m3fn)}}
+    message = "'dense/kernel' of dtype float8_e4m3fn .* bfloat16, float16, float32"
+    with pytest.raises(TypeError, match=message):
+        WRAPPERS[name](ox.sgd(0.1)).init(params)
+
+
+@each_wrapper
+def test_numbers_that_are_no_arrays_pass(name: str):
+    params = {"kernel": jnp.ones(2, jnp.bfloat16), "temperature": 1.0}
+    tx = WRAPPERS[name](ox.sgd(0.1))
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["temperature"], -0.1)

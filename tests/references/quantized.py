@@ -1,4 +1,4 @@
-"""Float64 transcription of block-wise quantization by rounded roots.
+"""Float64 transcription of block-wise quantization by roots, rounded in turn.
 
 Dettmers et al., arXiv 2110.02861, section 2: one absolute maximum a block, codes for
 the quotients. Every array here is a matrix whose blocks lie along its first axis.
@@ -9,19 +9,24 @@ import numpy as np
 from tests.references.conventions import Array
 
 
-def stored(x: Array, block: int, signed: bool) -> Array:
+def stored(x: Array, block: int, signed: bool, step: int) -> Array:
     """What is read back after `x` was stored."""
-    pieces = [x[start : start + block] for start in range(0, len(x), block)]
-    return np.concatenate([_stored_block(piece, signed) for piece in pieces])
+    turns = (np.arange(x.size) + step) * 0x9E3779B9 % 2**32
+    threshold = turns.reshape(x.shape) / 2**32
+    blocks = [slice(start, start + block) for start in range(0, len(x), block)]
+    return np.concatenate([_stored_block(x[b], threshold[b], signed) for b in blocks])
 
 
-def _stored_block(x: Array, signed: bool) -> Array:
+def _stored_block(x: Array, threshold: Array, signed: bool) -> Array:
     scale = np.abs(x).max(axis=0)
     quotient = np.divide(np.abs(x), scale, out=np.zeros_like(x), where=scale > 0)
     sizes, exponent = (127, 2) if signed else (255, 4)
-    code = np.rint(sizes * quotient ** (1 / exponent))
     if not signed:
-        code = np.maximum(code, 1)
+        quotient = np.maximum(quotient, sizes**-4.0)
+    # A root that is a code but for rounding is one.
+    below = np.floor(sizes * quotient ** (1 / exponent) + 1e-9)
+    low, high = (below / sizes) ** exponent, ((below + 1) / sizes) ** exponent
+    code = below + (quotient - low > threshold * (high - low))
     return np.sign(x) * (code / sizes) ** exponent * scale
 
 
@@ -45,5 +50,8 @@ def adamw8bit(
         step = (mu / (1 - b1**t)) / (np.sqrt(nu / (1 - b2**t)) + eps)
         p = p - learning_rate * (step + weight_decay * p)
         result.append(p)
-        mu, nu = stored(mu, block, True), stored(nu, block, False)
+        mu, nu = (
+            stored(mu, block, True, step=t - 1),
+            stored(nu, block, False, step=t - 1),
+        )
     return result, mu, nu

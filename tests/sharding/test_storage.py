@@ -36,16 +36,12 @@ COLUMNS = {
     "query": {"kernel": P(None, None, "x")},
     "norm": {"scale": P("x")},
 }
-SPECS = {"rows": ROWS, "columns": COLUMNS}
 RULES = (
     ox.Rule("layers", ox.MatrixAxes((-2,), (-1,)), "hidden"),
     *ox.DEFAULT_RULES,
 )
 PARAMS = normal_tree(SHAPES, seed=1)
 GRADS = gradients(SHAPES, steps=2)
-
-kinds = pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
-each_spec = pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
 
 
 def place(tree, mesh, specs):
@@ -67,8 +63,17 @@ def quantized():
     return ox.adamw8bit(1e-2, weight_decay=0.1, min_size=1, rules=RULES)
 
 
-@each_spec
-@kinds
+@pytest.mark.parametrize(
+    ("kind", "specs"),
+    [
+        pytest.param(AxisType.Explicit, ROWS, id="explicit-rows"),
+        pytest.param(AxisType.Auto, COLUMNS, id="auto-columns"),
+        pytest.param(AxisType.Auto, ROWS, id="auto-rows", marks=pytest.mark.slow),
+        pytest.param(
+            AxisType.Explicit, COLUMNS, id="explicit-columns", marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_codes_on_eight_devices_are_those_on_one(kind, specs):
     tx = quantized()
     _, expected = run(tx, PARAMS, GRADS)

@@ -68,6 +68,19 @@ def test_optax():
     )
 
 
+def test_resumed_with_fewer_micro_batches():
+    g, tx = jnp.ones(2), ox.accumulate(ox.sgd(0.1), every_k=4)
+    state = tx.init(g)
+    for _ in range(3):
+        _, state = tx.update(g, state)
+    # The mean of the four that have come, and then of two.
+    shorter = ox.accumulate(ox.sgd(0.1), every_k=2)
+    for _ in range(2):
+        updates, state = shorter.update(g, state)
+        np.testing.assert_allclose(updates, -0.1, rtol=1e-6)
+        _, state = shorter.update(g, state)
+
+
 # The state
 
 
