@@ -1,12 +1,6 @@
-"""Eight simulated CPU devices for every test, and JAX's stricter settings by name.
-
-Compiled programs are kept in `.cache/jax`, of every worker apart: many tests compile
-the same program, and with all of them there a run takes a third of the time. The folder
-may be deleted at any time.
-"""
+"""Eight simulated CPU devices for every test, and JAX's stricter settings by name."""
 
 import os
-from pathlib import Path
 
 # Read when JAX starts its backend, so before anything imports it.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,13 +13,6 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_timeout_seconds=600",
     ]
 )
-
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
-    Path(__file__).parents[1]
-    / ".cache/jax"
-    / os.environ.get("PYTEST_XDIST_WORKER", "main")
-)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from collections.abc import Iterator
 

@@ -58,6 +58,7 @@ def test_update_time_writes_what_it_measured(tmp_path):
         assert row["candidates"]["optaxplus"]["state_bytes_per_param"] >= 0
 
 
+@pytest.mark.slow
 def test_muon_time_writes_what_it_measured(tmp_path):
     out = tmp_path / "muon_time.json"
     command = [sys.executable, ROOT / "benchmarks" / "muon_time.py", "--small"]

@@ -13,7 +13,13 @@ import optaxplus as ox
 from optaxplus import trees
 from tests import problems
 from tests.assertions import assert_trees_close
-from tests.cases import BFLOAT16_RTOL, NAMED, Case, variants_are_slow
+from tests.cases import (
+    BFLOAT16_RTOL,
+    NAMED,
+    Case,
+    one_of_each_family,
+    variants_are_slow,
+)
 from tests.references.clipping import clip_by_global_norm
 from tests.references.torch_trajectories import load_torch_trajectories
 
@@ -26,8 +32,6 @@ AXES = {
     "wide": ox.MatrixAxes((0,), (1,)),
     "stack": problems.STACKED_MATRIX,
 }
-
-each_named = pytest.mark.parametrize("case", NAMED, ids=str)
 
 
 def displacements(tx, params: Mapping[str, Any], grads: Mapping[str, Any]):
@@ -113,8 +117,20 @@ PRECISIONS = {
 }
 
 
-@each_named
-@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(
+            *row.values,
+            dtype,
+            id=f"{row.id}-{dtype}",
+            # Variants show in float64 what they compute.
+            marks=[] if dtype == "float64" else row.marks,
+        )
+        for row in variants_are_slow(NAMED)
+        for dtype in PRECISIONS
+    ],
+)
 def test_oracle(case: Case, dtype: str) -> None:
     rate, rtol, matrix_rtol = PRECISIONS[dtype]
     with jax.enable_x64(dtype == "float64"):
@@ -182,7 +198,7 @@ def test_optax(case: Case) -> None:
 
 
 # What bfloat16 parameters reach, float32 parameters reach too.
-@pytest.mark.parametrize("case", variants_are_slow(NAMED))
+@pytest.mark.parametrize("case", one_of_each_family(NAMED))
 @pytest.mark.parametrize(
     "dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
 )

@@ -18,7 +18,17 @@ from benchmarks.routing import MODELS, OPTAX, OURS, Route, Truth
 BY_NAME = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 
 
-@BY_NAME
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(
+            model,
+            id=model.name,
+            marks=[pytest.mark.slow] if model.name in ("ResNet-50", "ViT-B/16") else [],
+        )
+        for model in MODELS
+    ],
+)
 def test_an_update_shows_the_routes(model):
     params = model.build(**model.small)
     for library, routes in routing.routes(params).items():

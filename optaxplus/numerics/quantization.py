@@ -18,10 +18,11 @@ An average that moves by less than half of the gap between two codes in a step w
 move at all if it were rounded to the nearest. So "root" rounds an x between two codes
 up in that share of the steps which its distance from the lower one is of the gap:
 
-    up if  x/s - f(c) > u·(f(c+1) - f(c)),      u = (position + step)·φ mod 1
+    up if  x/s - f(c) > u·(f(c+1) - f(c)),      u = (i + j + step)·φ mod 1
 
-With the golden ratio φ, the thresholds u of an entry fill [0, 1) evenly over any number
-of steps. Random ones would be right on average too, and make twice the error or less.
+With the golden ratio φ, the thresholds u of the entry i, j of a matrix fill [0, 1)
+evenly over any number of steps. Random ones would be right on average as well, with up
+to half more error.
 
 Sources: Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv
 2110.02861, sections 2.1 and 2.2, for blocks and the dynamic map; FlashOptim, arXiv
@@ -153,8 +154,7 @@ def quantize(
         scales = _block_max(jnp.maximum(finite, _SMALLEST_SCALE), blocks)
         ratio = _ratio(size, scales, blocks).astype(jnp.float32)
         sign = wide.astype(jnp.float32) if signed else None
-        # Of the last two axes: a matrix in a stack is rounded as it is alone.
-        threshold = 0.5 if step is None else even_thresholds(step, x.shape[-2:])
+        threshold = 0.5 if step is None else even_thresholds(step, x.shape)
         return CODES[code].encode(ratio, sign, threshold), scales
 
     return left_to_compiler(

@@ -139,30 +139,29 @@ def uniform_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     Good enough to round with and a fiftieth of the work of `jax.random` (of which
     compilers keep arrays). The same on any number of devices.
     """
-    return _mixed(key + _position(shape, 1))
+    position = jnp.full(shape, key)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        step = np.uint32(stride & 0xFFFFFFFF)
+        position += lax.broadcasted_iota(jnp.uint32, shape, axis) * step
+        stride *= shape[axis]
+    return _mixed(position)
 
 
 def even_thresholds(step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Numbers in [0, 1), float32, that fill it evenly over the steps for every entry.
 
-    (position + step)·φ modulo 1 with the golden ratio φ: of any number of steps in a
-    row, the share below p is p but for a few steps (Weyl 1916). The same on any number
-    of devices.
+    (i + j + step)·φ modulo 1 with the last two indices of the entry and the golden
+    ratio φ: of any number of steps in a row, the share below p is p but for a few steps
+    (Weyl 1916). The same for every matrix of a stack, and on any number of devices.
     """
-    turns = _position(shape, _GOLDEN) + step.astype(jnp.uint32) * np.uint32(_GOLDEN)
+    # Bare indices first: what is done to one of them alone would be a loop of its own
+    # on a TPU.
+    axes = range(len(shape))[-2:]
+    indices = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in axes)
+    turns = (sum(indices) + step.astype(jnp.uint32)) * np.uint32(_GOLDEN)
     # A float32 in [1, 2).
     return _float((turns >> 9) | np.uint32(0x3F800000)) - 1.0
-
-
-def _position(shape: tuple[int, ...], factor: int) -> jax.Array:
-    """The place of every entry in its array times `factor`, uint32, modulo 2^32."""
-    position = jnp.zeros(shape, jnp.uint32)
-    stride = factor
-    for axis in reversed(range(len(shape))):
-        step = np.uint32(stride & 0xFFFFFFFF)
-        position += lax.broadcasted_iota(jnp.uint32, shape, axis) * step
-        stride *= shape[axis]
-    return position
 
 
 # 2^32 over the golden ratio, odd: multiples of it are far apart.

@@ -227,7 +227,7 @@ def test_a_stack_is_its_slices(norm: str, one_hot: bool):
     "axes",
     [
         MatrixAxes((0,), (1,), splits=(2, 3, 3)),
-        MatrixAxes((1,), (0,), splits=(2, 1, 1)),
+        pytest.param(MatrixAxes((1,), (0,), splits=(2, 1, 1)), marks=pytest.mark.slow),
     ],
 )
 def test_splits_are_matrices_of_their_own(norm: str, axes: MatrixAxes):
