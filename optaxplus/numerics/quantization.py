@@ -15,19 +15,18 @@ other powers, logarithms, floating-point formats and the map of bitsandbytes do,
 benchmarks/state_codes.py, and needs no table, which a TPU would be slow to look up.
 
 An average that moves by less than half of the gap between two codes in a step would not
-move at all if it were rounded to the nearest. So "root" rounds an x between two codes
-up in that share of the steps which its distance from the lower one is of the gap:
+move at all if its root were rounded to the nearest. So "root" rounds it up in as large
+a share of the steps as it is above the lower one:
 
-    up if  x/s - f(c) > u·(f(c+1) - f(c)),      u = (i + j + step)·φ mod 1
+    c <- nearest(root + u),      u = (i + j + step)·φ mod 1, from -1/2 to 1/2
 
-With the golden ratio φ, the thresholds u of the entry i, j of a matrix fill [0, 1)
-evenly over any number of steps. Random ones would be right on average as well, with up
-to half more error.
+With the golden ratio φ, the shifts u of the entry i, j of a matrix fill their range
+evenly over any number of steps, with less error than random ones.
 
 Sources: Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv
 2110.02861, sections 2.1 and 2.2, for blocks and the dynamic map; FlashOptim, arXiv
 2602.23349, for codes by arithmetic; Weyl, Über die Gleichverteilung von Zahlen mod.
-Eins, Math. Ann. 77 (1916), for the thresholds.
+Eins, Math. Ann. 77 (1916), for the shifts.
 """
 
 import functools
@@ -42,7 +41,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxplus.numerics.explicit_axes import explicit_axes, left_to_compiler
-from optaxplus.numerics.rounding import even_thresholds
+from optaxplus.numerics.rounding import even_shifts
 
 __all__ = [
     "CODES",
@@ -60,10 +59,7 @@ _TINY = float(np.finfo(np.float32).tiny)
 # Of larger numbers, four times the inverse is neither 0 nor infinite.
 _SMALLEST_SCALE = 4 * _TINY
 
-# More than the rounding errors of a root of up to 255: what is a code stays one.
-_MARGIN = 2.0**-10
-
-# Adding it to a float32 leaves an integer in the low bits.
+# Adding it to a float32 leaves the nearest integer in the low bits, ties to even.
 _ROUNDER = 1.5 * 2.0**23
 
 
@@ -135,7 +131,7 @@ def quantize(
         never gets the code of 0.
       code: Name in `CODES`.
       block_size: Largest number of entries that share a scale.
-      step: Of the thresholds of "root", shape (), int32; None rounds to the nearest.
+      step: Of the shifts of "root", shape (), int32; None rounds to the nearest.
         "dynamic" always does, as bitsandbytes.
 
     Returns:
@@ -154,8 +150,8 @@ def quantize(
         scales = _block_max(jnp.maximum(finite, _SMALLEST_SCALE), blocks)
         ratio = _ratio(size, scales, blocks).astype(jnp.float32)
         sign = wide.astype(jnp.float32) if signed else None
-        threshold = 0.5 if step is None else even_thresholds(step, x.shape)
-        return CODES[code].encode(ratio, sign, threshold), scales
+        shift = 0.0 if step is None else even_shifts(step, x.shape)
+        return CODES[code].encode(ratio, sign, shift), scales
 
     return left_to_compiler(
         inside, x, shardings=(sharding, _scales_sharding(sharding, blocks)), step=step
@@ -267,10 +263,10 @@ class Code:
     """A code for numbers in [-1, 1].
 
     Attributes:
-      encode: (ratios, signs, thresholds) -> codes. Ratios are the sizes of the numbers,
+      encode: (ratios, signs, shifts) -> codes. Ratios are the sizes of the numbers,
         float32, and may exceed 1 by a rounding; the second argument has their signs,
-        and is None if none is negative; a ratio is rounded up from the share of a gap
-        on that is its threshold, in [0, 1).
+        and is None if none is negative; the third is added before rounding, from
+        -1/2 to 1/2.
       decode: (codes, signed) -> float32 ratios.
     """
 
@@ -290,42 +286,35 @@ def root_code(sizes: int = 127, unsigned_sizes: int = 255) -> Code:
     """
     smallest = float(unsigned_sizes) ** -4
 
-    def value(code: jax.Array, signed: bool) -> jax.Array:
-        root = code * (1.0 / (sizes if signed else unsigned_sizes))
+    def encode(
+        ratio: jax.Array, sign: jax.Array | None, shift: jax.Array | float
+    ) -> jax.Array:
+        if sign is None:
+            root = jnp.sqrt(jnp.sqrt(jnp.maximum(ratio, smallest)))
+            code = jnp.maximum(unsigned_sizes * root + shift, 1.0)
+            code = jnp.minimum(code, unsigned_sizes)
+            return _nearest(jnp.where(ratio < jnp.inf, code, 0.0)).astype(jnp.uint8)
+        # Sizes from -0.5 on, of which the negative ones are rounded to 0.
+        # Between 0 and 1 the share of steps is x itself: of its root it would be large.
+        size = jnp.minimum(sizes * jnp.sqrt(ratio), sizes**2 * ratio)
+        code = jnp.minimum(size + shift, sizes)
+        code = jnp.where(ratio < jnp.inf, code, 0.0)
+        sign_bit = _bits(sign) & np.int32(-(2**31))
+        signed_code = lax.bitcast_convert_type(_bits(code) | sign_bit, jnp.float32)
+        return _nearest(signed_code).astype(jnp.int8)
+
+    def decode(codes: jax.Array, signed: bool) -> jax.Array:
+        root = codes.astype(jnp.float32) * (1.0 / (sizes if signed else unsigned_sizes))
         if signed:
             return root * jnp.abs(root)
         square = root * root
-        return square * square
-
-    def encode(
-        ratio: jax.Array, sign: jax.Array | None, threshold: jax.Array | float
-    ) -> jax.Array:
-        signed = sign is not None
-        if signed:
-            root, largest = jnp.sqrt(ratio), sizes
-        else:
-            root = jnp.sqrt(jnp.sqrt(jnp.maximum(ratio, smallest)))
-            largest = unsigned_sizes
-        below = jnp.floor(largest * root + _MARGIN)
-        above = below + 1.0
-        low, high = value(below, signed), value(above, signed)
-        code = jnp.where(ratio - low > threshold * (high - low), above, below)
-        code = jnp.where(ratio < jnp.inf, jnp.minimum(code, largest), 0.0)
-        if not signed:
-            return _integer(code).astype(jnp.uint8)
-        sign_bit = _bits(sign) & np.int32(-(2**31))
-        signed_code = lax.bitcast_convert_type(_bits(code) | sign_bit, jnp.float32)
-        return _integer(signed_code).astype(jnp.int8)
-
-    def decode(codes: jax.Array, signed: bool) -> jax.Array:
-        x = value(codes.astype(jnp.float32), signed)
-        return x if signed else jnp.where(codes == 0, jnp.inf, x)
+        return jnp.where(codes == 0, jnp.inf, square * square)
 
     return Code(encode, decode)
 
 
-def _integer(x: jax.Array) -> jax.Array:
-    """An integer, in the low bits of an int32; |x| < 2^22."""
+def _nearest(x: jax.Array) -> jax.Array:
+    """The nearest integer, ties to even, in the low bits of an int32; |x| < 2^22."""
     return _bits(x + _ROUNDER)
 
 
@@ -352,9 +341,9 @@ def dynamic_map(signed: bool) -> np.ndarray:
 
 
 def _encode_dynamic(
-    ratio: jax.Array, sign: jax.Array | None, threshold: jax.Array | float
+    ratio: jax.Array, sign: jax.Array | None, shift: jax.Array | float
 ) -> jax.Array:
-    del threshold  # bitsandbytes rounds to the nearest
+    del shift  # bitsandbytes rounds to the nearest
     table = dynamic_map(signed=sign is not None)
     midpoints = (table[1:] + table[:-1]) / 2
     x = ratio if sign is None else jnp.where(jnp.signbit(sign), -ratio, ratio)

@@ -12,7 +12,7 @@ from jax import lax
 
 __all__ = [
     "NARROW",
-    "even_thresholds",
+    "even_shifts",
     "join_weight",
     "noise_key",
     "round_stochastically",
@@ -148,8 +148,8 @@ def uniform_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return _mixed(position)
 
 
-def even_thresholds(step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Numbers in [0, 1), float32, that fill it evenly over the steps for every entry.
+def even_shifts(step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Numbers from -1/2 to 1/2 that every entry meets evenly over the steps, float32.
 
     (i + j + step)·φ modulo 1 with the last two indices of the entry and the golden
     ratio φ: of any number of steps in a row, the share below p is p but for a few steps
@@ -160,8 +160,7 @@ def even_thresholds(step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     axes = range(len(shape))[-2:]
     indices = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in axes)
     turns = (sum(indices) + step.astype(jnp.uint32)) * np.uint32(_GOLDEN)
-    # A float32 in [1, 2).
-    return _float((turns >> 9) | np.uint32(0x3F800000)) - 1.0
+    return lax.bitcast_convert_type(turns, jnp.int32).astype(jnp.float32) * 2.0**-32
 
 
 # 2^32 over the golden ratio, odd: multiples of it are far apart.

@@ -8,7 +8,7 @@ import pytest
 
 from optaxplus.numerics.rounding import (
     NARROW,
-    even_thresholds,
+    even_shifts,
     join_weight,
     noise_key,
     round_stochastically,
@@ -462,22 +462,22 @@ def test_bytes_are_uniform(shift: int):
     assert 151 < chi_square < 392
 
 
-# Thresholds
+# Shifts
 
 
 @pytest.mark.parametrize("start", [0, 2**31 - 500])
-def test_thresholds_fill_the_interval_evenly(start: int):
+def test_shifts_fill_the_interval_evenly(start: int):
     shape, steps = (2, 5, 7), start + jnp.arange(500)
-    thresholds = jax.jit(jax.vmap(lambda step: even_thresholds(step, shape)))
-    drawn = np.asarray(thresholds(steps), np.float64)
-    assert drawn.min() >= 0.0 and drawn.max() < 1.0
+    shifts = jax.jit(jax.vmap(lambda step: even_shifts(step, shape)))
+    drawn = np.asarray(shifts(steps), np.float64)
+    assert drawn.min() >= -0.5 and drawn.max() <= 0.5
     # The matrices of a stack have the same, the entries of one not.
     np.testing.assert_array_equal(drawn[:, 0], drawn[:, 1])
     assert len(np.unique(drawn[0, 0])) == 5 + 7 - 1
     # The share below p differs from p by 1.9 log(n) / n at most; random numbers would
     # by 0.04.
-    shares = np.arange(1, len(drawn) + 1) / len(drawn)
+    shares = np.arange(1, len(drawn) + 1) / len(drawn) - 0.5
     error = np.abs(np.sort(drawn, axis=0) - shares[:, None, None, None])
     assert error.max() < 0.012
-    alone = even_thresholds(jnp.int32(start), (3,))
+    alone = even_shifts(jnp.int32(start), (3,))
     np.testing.assert_allclose(alone, drawn[0, 0, 0, :3])

@@ -12,21 +12,23 @@ from tests.references.conventions import Array
 def stored(x: Array, block: int, signed: bool, step: int) -> Array:
     """What is read back after `x` was stored."""
     place = sum(np.indices(x.shape)) + step
-    threshold = place * 0x9E3779B9 % 2**32 / 2**32
+    turns = place * 0x9E3779B9 % 2**32 / 2**32
+    shift = turns - (turns >= 0.5)
     blocks = [slice(start, start + block) for start in range(0, len(x), block)]
-    return np.concatenate([_stored_block(x[b], threshold[b], signed) for b in blocks])
+    return np.concatenate([_stored_block(x[b], shift[b], signed) for b in blocks])
 
 
-def _stored_block(x: Array, threshold: Array, signed: bool) -> Array:
+def _stored_block(x: Array, shift: Array, signed: bool) -> Array:
     scale = np.abs(x).max(axis=0)
     quotient = np.divide(np.abs(x), scale, out=np.zeros_like(x), where=scale > 0)
     sizes, exponent = (127, 2) if signed else (255, 4)
     if not signed:
         quotient = np.maximum(quotient, sizes**-4.0)
-    # A root that is a code but for rounding is one.
-    below = np.floor(sizes * quotient ** (1 / exponent) + 1e-9)
-    low, high = (below / sizes) ** exponent, ((below + 1) / sizes) ** exponent
-    code = below + (quotient - low > threshold * (high - low))
+    root = sizes * quotient ** (1 / exponent)
+    if signed:
+        root = np.minimum(root, sizes**2 * quotient)
+    code = np.rint(root + shift)
+    code = np.clip(code, 0 if signed else 1, sizes)
     return np.sign(x) * (code / sizes) ** exponent * scale
 
 
