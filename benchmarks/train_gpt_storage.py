@@ -3,8 +3,10 @@
 The job of `examples/train_gpt.py` with the learning rates found there, once with
 everything in float32 and once with each way of keeping state and weights in fewer bits.
 Weights are computed with in float32 whatever they are kept in, so that only storage
-differs. Reported are the last validation loss and its difference from the float32 run
-of the same optimizer and seed, and the measured bytes of weights and optimizer state.
+differs. Lion alone stays at a loss of 2.6 in this job: it gets the hidden matrices, and
+AdamW, with its own learning rate, the rest. Reported are the last validation loss and
+its difference from the float32 run of the same optimizer and seed, and the measured
+bytes of weights and optimizer state.
 
     python benchmarks/train_gpt_storage.py
     python benchmarks/train_gpt_storage.py --runs "adamw" "adamw, 8-bit state" --seeds 1
@@ -64,7 +66,7 @@ class Storage:
     """One way of keeping state and weights.
 
     Attributes:
-        optimizer: Name of the recipe of `train_gpt.py`.
+        optimizer: Name in `RECIPES`.
         wrap: What is put around it.
         param_dtype: Dtype of the weights.
     """
@@ -79,6 +81,36 @@ def split_in_8_bits(tx: optax.GradientTransformation) -> optax.GradientTransform
     return ox.master_weights(ox.quantize_state(tx), bits=24)
 
 
+def lion_and_adamw(learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """Lion for hidden matrices, AdamW for the rest, with clipping as for the others."""
+
+    def for_others(count: Any) -> Any:
+        adamw_rate = train_gpt.RECIPES["adamw"].learning_rate
+        return learning_rate(count) * (adamw_rate / LION_RATE)
+
+    return optax.chain(
+        ox.clip_by_global_norm(1.0),
+        optax.partition(
+            {
+                "hidden": ox.lion(learning_rate, weight_decay=1.0),
+                "others": ox.adamw(for_others, b2=0.95, weight_decay=0.1),
+            },
+            lambda params: jax.tree.map(
+                lambda role: "hidden" if role == "hidden" else "others",
+                ox.infer_roles(params),
+            ),
+        ),
+    )
+
+
+# Better than half of it, and than b1=0.95, b2=0.98, weight_decay=0.1 with rates from
+# 1e-4 to 1e-3.
+LION_RATE = 2e-4
+RECIPES = {
+    "adamw": train_gpt.RECIPES["adamw"],
+    "lion": train_gpt.Recipe(LION_RATE, lion_and_adamw),
+    "muon": train_gpt.RECIPES["muon"],
+}
 RUNS = {
     "adamw": Storage("adamw"),
     "adamw, 8-bit state": Storage("adamw", in_8_bits),
@@ -110,7 +142,7 @@ RUNS = {
 
 def recipe_of(storage: Storage) -> train_gpt.Recipe:
     """The optimizer, as it is tuned for float32."""
-    recipe = train_gpt.RECIPES[storage.optimizer]
+    recipe = RECIPES[storage.optimizer]
     if storage.wrap is None:
         return recipe
     wrap, build = storage.wrap, recipe.build
@@ -195,7 +227,7 @@ def table(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
                 line["storage"],
                 f"{middle:.3f} ({low:.3f} to {high:.3f})",
                 "-"
-                if change is None or line["storage"] in train_gpt.RECIPES
+                if change is None or line["storage"] in RECIPES
                 else f"{change[1]:+.2f} % ({change[0]:+.2f} to {change[2]:+.2f})",
                 f"{line['weight_bytes']:.0f} + {line['state_bytes']:.2f}",
             ]
