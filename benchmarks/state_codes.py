@@ -3,11 +3,11 @@
 The GPT of `examples/train_gpt.py` is trained with AdamW in float32. At some steps every
 large moment is rounded to the nearest code in float64 NumPy, in blocks of 256 (with 4
 bits 128) along the axis that `ox.quantize_state` takes, and the update is computed from
-what is left. Reported for each code, as the
-mean over parameters and steps: by how much the update of Adam changes (norm of the
-change over norm of the update) if the first, or the second moment is coded; for first
-moments also the change of the moment itself, which is what Muon and Lion see; and the
-share of entries that become 0.
+what is left. Reported for each code, as the mean over parameters and steps: by how much
+the update of Adam changes (norm of the change over norm of the update) if the first, or
+the second moment is coded; for first moments also the change of the moment itself,
+which is what Muon and Lion see; and the share of entries that become 0. What many steps
+of coding add up to is the matter of `slow_averages.py`.
 
     python benchmarks/state_codes.py                # a minute
     python benchmarks/state_codes.py --steps 20 --at 5 20 --out codes.json
