@@ -72,7 +72,7 @@ class Blocks:
       count: Blocks along the axis.
       groups: Groups of a block; the last block may have fewer.
       group: Entries of a group. Groups divide the axis, so that its blocks can be
-        found without padding an array, or moving it between devices.
+        found without padding an array.
     """
 
     axis: int
@@ -86,20 +86,25 @@ def blocks_of(shape: tuple[int, ...], block_size: int) -> Blocks:
 
     They lie along the last axis but one if that has at least block_size / 2 entries,
     else along the longest axis before the last of which the same is true, else along
-    the longest axis. They have at most block_size entries and are as many as
-    it takes, and about equally long.
+    the longest axis.
+
+    The axis is halved until its parts have about block_size entries, 0.7 to 1.4 times
+    as many, so that a mesh of 2^k devices never shares out a block unevenly: blocks and
+    devices' pieces contain each other. An axis of which no half of a half has fewer
+    than 2 block_size entries has blocks of at most block_size, equal but for the last.
     """
     long = [axis for axis in range(len(shape) - 1) if 2 * shape[axis] >= block_size]
     if long:
         axis = long[-1] if long[-1] == len(shape) - 2 else max(long, key=_at(shape))
     else:
         axis = max(range(len(shape)), key=_at(shape))
-    size = max(1, shape[axis])
-    count = -(-size // block_size)
-    # Registers of TPUs hold eight rows.
-    rows = math.gcd(8, size) if block_size >= 8 else 1
-    if size % (count * rows) == 0:
+    size, count = max(1, shape[axis]), 1
+    while size % (2 * count) == 0 and size**2 > 2 * (count * block_size) ** 2:
+        count *= 2
+    if size <= 2 * count * block_size:
         return Blocks(axis, count, groups=1, group=size // count)
+    # Registers of TPUs hold eight rows.
+    rows = math.gcd(8, size)
     count = -(-size // (block_size // rows * rows))
     return Blocks(axis, count, groups=-(-size // (rows * count)), group=rows)
 
@@ -130,7 +135,7 @@ def quantize(
       signed: Whether entries may be negative. A positive entry of an unsigned array
         never gets the code of 0.
       code: Name in `CODES`.
-      block_size: Largest number of entries that share a scale.
+      block_size: About how many entries share a scale, see `blocks_of`.
       step: Of the shifts of "root", shape (), int32; None rounds to the nearest.
         "dynamic" always does, as bitsandbytes.
 
@@ -232,16 +237,22 @@ def _max_of_slices(x: jax.Array, axis: int) -> jax.Array:
     slices it computes on the way.
     """
     while (length := x.shape[axis]) > 1:
-        parts = next((n for n in range(8, 1, -1) if length % n == 0), length)
-        if parts > 8:
+        divisors = [n for n in range(2, 9) if length % n == 0]
+        if not divisors:
             return x.max(axis)
-        # Neighbours first: they are on one device.
+        # Neighbours first: they are on one device, whose pieces may be the shorter by
+        # a power of two.
+        parts = min(divisors, key=lambda n: (_odd_part(length // n), -n))
         x = x.reshape(*x.shape[:axis], length // parts, parts, *x.shape[axis + 1 :])
         slices = [
             lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(parts)
         ]
         x = functools.reduce(jnp.maximum, slices)
     return lax.squeeze(x, (axis,))
+
+
+def _odd_part(n: int) -> int:
+    return n // (n & -n)
 
 
 def _spread(scales: jax.Array, blocks: Blocks, shape: tuple[int, ...]) -> jax.Array:

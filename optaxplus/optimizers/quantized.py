@@ -42,7 +42,7 @@ def adamw8bit(
       weight_decay: As in `optaxplus.adamw`. Static if 0.
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
-      block_size: Largest number of entries that share a scale. Static.
+      block_size: About how many entries share a scale. >= 8. Static.
       min_size: Parameters with fewer entries keep float32 moments. Static.
       code: "root" or "dynamic", see `optaxplus.quantize_state`. Static.
       keep: Roles whose moments stay in float32. Static.
@@ -111,7 +111,7 @@ def lion8bit(
       weight_decay: As in `optaxplus.lion`. Static if 0.
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
-      block_size: Largest number of entries that share a scale. Static.
+      block_size: About how many entries share a scale. >= 8. Static.
       min_size: Parameters with fewer entries keep a float32 momentum. Static.
       code: "root" or "dynamic", see `optaxplus.quantize_state`. Static.
       keep: Roles whose momentum stays in float32. Static.

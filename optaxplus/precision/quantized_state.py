@@ -72,7 +72,7 @@ class QuantizedArray:
         the axis along which blocks lie.
       signed: Whether entries may be negative. Static.
       code: Name of the code. Static.
-      block_size: Largest number of entries of a block. Static.
+      block_size: About how many entries a block has. Static.
       dtype: Name of the dtype of the array. Static.
     """
 
@@ -155,8 +155,11 @@ def quantize_state(
     entries: of AdamW's 8 bytes per parameter 2.03 are left, of Lion's and Muon's 4
     1.02. Codes have the parameter's shape and lie as it does on a mesh; blocks lie
     along the last axis but one where it is long enough, see
-    `optaxplus.numerics.quantization.blocks_of`. State is ordinary arrays in a pytree,
-    which Orbax saves as it is; `flax.serialization` does not know `QuantizedArray`.
+    `optaxplus.numerics.quantization.blocks_of`. Where a block lies on several devices
+    they tell each other their largest entries, and nothing else moves, if the axis is
+    cut into 2^k pieces and has no odd factor above 2 block_size. State is ordinary
+    arrays in a pytree, which Orbax saves as it is; `flax.serialization` does not know
+    `QuantizedArray`.
 
     What is kept in float32: parameters with fewer than `min_size` entries or of a role
     in `keep`, whose rows meet a gradient rarely; moments of another shape than their
@@ -190,7 +193,8 @@ def quantize_state(
       inner: Any transformation, ours or optax's; inside of it are the moments, so it
         may be a whole optimizer.
       bits: 8. Static.
-      block_size: Largest number of entries that share a scale. >= 8. Static.
+      block_size: About how many entries share a scale: an axis is halved until its
+        parts have 0.7 to 1.4 times as many, see `blocks_of`. >= 8. Static.
       min_size: Parameters with fewer entries keep float32 moments. >= 1. Static.
       code: "root", the rounded root, or "dynamic", the map of bitsandbytes, which is
         less accurate and slower, and loses what is slow. Static.

@@ -6,17 +6,24 @@ from optaxplus.numerics.quantization import blocks_of
 
 SHAPES = [
     (2048, 8192),
+    (768, 3072),
+    (1280, 1280),
+    (1600, 6400),
+    (11008, 4096),
     (1000, 3000),
     (2048, 16, 128),
     (16, 128, 2048),
     (3, 3, 64, 128),
     (4096,),
-    (509, 64),
     (384, 5),
     (7,),
     (1,),
     (0, 3),
     (5, 0),
+    # Sizes with large odd factors.
+    (509, 64),
+    (5000, 64),
+    (50257, 768),
 ]
 
 
@@ -25,15 +32,27 @@ SHAPES = [
 def test_blocks_cover_their_axis(shape: tuple[int, ...], block_size: int):
     blocks = blocks_of(shape, block_size)
     size, length = shape[blocks.axis], blocks.groups * blocks.group
-    assert 1 <= length <= block_size
     assert size % blocks.group == 0
     # They hold all entries, and the last one at least one.
     assert (blocks.count - 1) * length < size <= blocks.count * length
-    # As few as possible, but for room for groups of eight.
-    rows = 8 if size % 8 == 0 else 4 if size % 4 == 0 else 2 if size % 2 == 0 else 1
-    assert blocks.count <= -(-size // (block_size // rows * rows))
-    if blocks.groups > 1:
-        assert blocks.group == rows
+    odd = size // (size & -size) if size else 0
+    if odd <= 2 * block_size:
+        assert blocks.groups == 1
+        assert length * blocks.count == max(1, size)
+        assert length <= max(2**0.5 * block_size, odd)
+        assert blocks.count == 1 or length >= 2**-0.5 * block_size
+    else:
+        assert blocks.group in (1, 2, 4, 8)
+        assert block_size / 2 <= length <= block_size
+
+
+@pytest.mark.parametrize("devices", [2, 8, 64, 256])
+@pytest.mark.parametrize("size", [512, 768, 1024, 1280, 1536, 1792, 5120, 11008, 13824])
+def test_no_block_is_shared_out_unevenly(size: int, devices: int):
+    blocks = blocks_of((size, 64), 256)
+    piece, length = size // devices, blocks.groups * blocks.group
+    assert size % devices == 0
+    assert piece % length == 0 or length % piece == 0
 
 
 @pytest.mark.parametrize(
