@@ -82,8 +82,8 @@ def master_weights(
     Args:
       inner: A whole optimizer. It gets gradients and parameters in float32.
       bits: 32, a float32 copy; or 24, the 16 bits of the parameter and 8 more, rounded
-        stochastically, so that updates below their resolution (2^-16 of a parameter in
-        bfloat16) are kept on average. Static.
+        stochastically, so that updates below their resolution (2^-16 to 2^-15 of a
+        parameter in bfloat16) are kept on average. Static.
       seed: Of the noise with 24 bits; other seeds round otherwise. Static.
 
     Returns:
@@ -129,7 +129,8 @@ def stochastic_rounding(
 
     Args:
       inner: A whole optimizer. It gets gradients and parameters in float32.
-      seed: Of the noise; other seeds round otherwise. Static.
+      seed: Of the noise; other seeds round otherwise. Groups of `optax.partition` that
+        have a wrapper each need seeds of their own for noise of their own. Static.
 
     Returns:
       A transformation with state `RoundedWeightsState` that needs params and emits
