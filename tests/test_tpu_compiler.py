@@ -125,6 +125,36 @@ def test_codes_are_two_fusions_more_a_leaf_without_temporaries(name, params):
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * size
 
 
+@pytest.mark.parametrize(
+    ("shape", "reduces"),
+    [
+        ((4096, 8192), 0),
+        # Blocks of 344, 320 and 224 rows: the largest of every eight rows first. The
+        # compiler aborts where 11008 rows are reduced 344 at a time.
+        ((11008, 4096), 2),
+        ((5120, 13824), 2),
+        ((14336, 4096), 2),
+        # Odd factors of 75 and 375.
+        ((9600, 4096), 2),
+        ((12000, 4096), 2),
+    ],
+    ids=str,
+)
+def test_blocks_of_any_length_are_reduced_where_they_are_computed(
+    params, shape, reduces
+):
+    sharding = params["dense"]["kernel"].sharding
+    kernel = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    compiled = compiled_step(
+        ox.quantize_state(ox.adamw(0.1)), {"dense": {"kernel": kernel}}
+    )
+    text = compiled.as_text()
+    assert fusions(compiled) <= 3
+    assert len(re.findall(r" reduce\(", text[text.index("ENTRY") :])) <= reduces
+    # Nothing as large as a moment is kept.
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.7 * 4 * np.prod(shape)
+
+
 def test_low_precision_weights_are_rounded_in_the_fusion_of_the_update(params):
     narrow = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=p.sharding),

@@ -20,8 +20,9 @@ a share of the steps as it is above the lower one:
 
     c <- nearest(root + u),      u = (i + j + step)·φ mod 1, from -1/2 to 1/2
 
-With the golden ratio φ, the shifts u of the entry i, j of a matrix fill their range
-evenly over any number of steps, with less error than random ones.
+With the golden ratio φ, the shifts u of the entry with index i along the block and j
+along the last axis fill their range evenly over any number of steps, and over a block,
+with less error than random ones.
 
 Sources: Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv
 2110.02861, sections 2.1 and 2.2, for blocks and the dynamic map; FlashOptim, arXiv
@@ -88,10 +89,10 @@ def blocks_of(shape: tuple[int, ...], block_size: int) -> Blocks:
     else along the longest axis before the last of which the same is true, else along
     the longest axis.
 
-    The axis is halved until its parts have about block_size entries, 0.7 to 1.4 times
-    as many, so that a mesh of 2^k devices never shares out a block unevenly: blocks and
-    devices' pieces contain each other. An axis of which no half of a half has fewer
-    than 2 block_size entries has blocks of at most block_size, equal but for the last.
+    The axis is halved until its parts have 0.7 to 1.4 times block_size entries, or a
+    multiple of eight that is no longer one if halved, so that blocks and the pieces of
+    2^k devices contain each other. If that leaves more than 4 block_size, blocks have
+    at most block_size entries, equally many but for the last.
     """
     long = [axis for axis in range(len(shape) - 1) if 2 * shape[axis] >= block_size]
     if long:
@@ -99,14 +100,17 @@ def blocks_of(shape: tuple[int, ...], block_size: int) -> Blocks:
     else:
         axis = max(range(len(shape)), key=_at(shape))
     size, count = max(1, shape[axis]), 1
-    while size % (2 * count) == 0 and size**2 > 2 * (count * block_size) ** 2:
-        count *= 2
-    if size <= 2 * count * block_size:
-        return Blocks(axis, count, groups=1, group=size // count)
-    # Registers of TPUs hold eight rows.
+    # TPUs reduce a power of two, or the eight rows of a register, where they compute
+    # them. With other lengths their compiler keeps all that is reduced, or aborts.
     rows = math.gcd(8, size)
+    while size % (2 * count * rows) == 0 and size**2 > 2 * (count * block_size) ** 2:
+        count *= 2
+    length = size // count
+    if length <= 4 * block_size:
+        group = length if length.bit_count() == 1 else rows
+        return Blocks(axis, count, length // group, group)
     count = -(-size // (block_size // rows * rows))
-    return Blocks(axis, count, groups=-(-size // (rows * count)), group=rows)
+    return Blocks(axis, count, -(-size // (rows * count)), rows)
 
 
 def _at(shape: tuple[int, ...]) -> Callable[[int], int]:
@@ -155,12 +159,13 @@ def quantize(
         scales = _block_max(jnp.maximum(finite, _SMALLEST_SCALE), blocks)
         ratio = _ratio(size, scales, blocks).astype(jnp.float32)
         sign = wide.astype(jnp.float32) if signed else None
-        shift = 0.0 if step is None else even_shifts(step, x.shape)
+        last = x.ndim - 1
+        axes = {max(0, last - 1) if blocks.axis == last else blocks.axis, last}
+        shift = 0.0 if step is None else even_shifts(step, x.shape, axes)
         return CODES[code].encode(ratio, sign, shift), scales
 
-    return left_to_compiler(
-        inside, x, shardings=(sharding, _scales_sharding(sharding, blocks)), step=step
-    )
+    shardings = sharding, _scales_sharding(sharding, x.shape, blocks)
+    return left_to_compiler(inside, x, shardings=shardings, step=step)
 
 
 @_compiled
@@ -184,17 +189,34 @@ def dequantize(
     return left_to_compiler(inside, codes, scales, shardings=jax.typeof(codes).sharding)
 
 
-def _scales_sharding(sharding: NamedSharding, blocks: Blocks) -> NamedSharding:
-    """That of the array, replicated along the blocks' axis where it does not divide."""
+def _scales_sharding(
+    sharding: NamedSharding, shape: tuple[int, ...], blocks: Blocks
+) -> NamedSharding:
+    """That of the array, without mesh axes that would cut blocks.
+
+    Where those count more than eight devices, they cut another axis instead: scales on
+    all of them would take more memory than an eighth of the codes.
+    """
     mesh = sharding.mesh
     if not explicit_axes(mesh):
         return sharding
-    spec = list(sharding.spec)
-    names = spec[blocks.axis] or ()
-    names = names if isinstance(names, tuple) else (names,)
-    if blocks.count % math.prod(mesh.shape[name] for name in names):
-        spec[blocks.axis] = None
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    names = [
+        (entry if isinstance(entry, tuple) else (entry,)) if entry else ()
+        for entry in sharding.spec
+    ]
+
+    def divides(names: tuple[str, ...], length: int) -> bool:
+        return length % math.prod(mesh.shape[name] for name in names) == 0
+
+    cut = names[blocks.axis]
+    whole = next(n for n in range(len(cut), -1, -1) if divides(cut[:n], blocks.count))
+    names[blocks.axis], others = cut[:whole], cut[whole:]
+    if math.prod(mesh.shape[name] for name in others) > 8:
+        for axis in reversed(range(len(shape))):
+            if axis != blocks.axis and divides(names[axis] + others, shape[axis]):
+                names[axis] += others
+                break
+    return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in names)))
 
 
 def _block_max(x: jax.Array, blocks: Blocks) -> jax.Array:
@@ -240,9 +262,10 @@ def _max_of_slices(x: jax.Array, axis: int) -> jax.Array:
         divisors = [n for n in range(2, 9) if length % n == 0]
         if not divisors:
             return x.max(axis)
-        # Neighbours first: they are on one device, whose pieces may be the shorter by
-        # a power of two.
-        parts = min(divisors, key=lambda n: (_odd_part(length // n), -n))
+        # Neighbours first: they are on one device, whose piece may be shorter by a
+        # power of two.
+        last = _odd_part(length) == 1
+        parts = min(divisors, key=lambda n: (_odd_part(length // n), -n if last else n))
         x = x.reshape(*x.shape[:axis], length // parts, parts, *x.shape[axis + 1 :])
         slices = [
             lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(parts)

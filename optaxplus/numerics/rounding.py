@@ -5,6 +5,8 @@ took away can be computed. Compilers may leave out a conversion to a narrow dtyp
 back (XLA does), and so may not be asked for one.
 """
 
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,17 +150,19 @@ def uniform_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return _mixed(position)
 
 
-def even_shifts(step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def even_shifts(
+    step: jax.Array, shape: tuple[int, ...], axes: Collection[int]
+) -> jax.Array:
     """Numbers from -1/2 to 1/2 that every entry meets evenly over the steps, float32.
 
-    (i + j + step)·φ modulo 1 with the last two indices of the entry and the golden
-    ratio φ: of any number of steps in a row, the share below p is p but for a few steps
-    (Weyl 1916). The same for every matrix of a stack, and on any number of devices.
+    (i + j + step)·φ modulo 1 with the indices i, j along `axes` and the golden ratio φ:
+    of any number of steps in a row, or of entries along one of the axes, the share
+    below p is p but for a few (Weyl 1916). The same along other axes, and on any number
+    of devices.
     """
     # Bare indices first: what is done to one of them alone would be a loop of its own
     # on a TPU.
-    axes = range(len(shape))[-2:]
-    indices = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in axes)
+    indices = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in sorted(axes))
     turns = (sum(indices) + step.astype(jnp.uint32)) * np.uint32(_GOLDEN)
     return lax.bitcast_convert_type(turns, jnp.int32).astype(jnp.float32) * 2.0**-32
 

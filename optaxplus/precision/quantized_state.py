@@ -155,11 +155,13 @@ def quantize_state(
     entries: of AdamW's 8 bytes per parameter 2.03 are left, of Lion's and Muon's 4
     1.02. Codes have the parameter's shape and lie as it does on a mesh; blocks lie
     along the last axis but one where it is long enough, see
-    `optaxplus.numerics.quantization.blocks_of`. Where a block lies on several devices
-    they tell each other their largest entries, and nothing else moves, if the axis is
-    cut into 2^k pieces and has no odd factor above 2 block_size. State is ordinary
-    arrays in a pytree, which Orbax saves as it is; `flax.serialization` does not know
-    `QuantizedArray`.
+    `optaxplus.numerics.quantization.blocks_of`. State is ordinary arrays in a pytree,
+    which Orbax saves as it is; `flax.serialization` does not know `QuantizedArray`.
+
+    Where a block lies on several devices they tell each other their largest entries.
+    Nothing else moves if the axis is cut into 2^k pieces with multiples of eight rows
+    and has equal blocks: all but axes with odd factors above block_size / 2 have. Up to
+    eight devices that share a block have its scales each, more share them out.
 
     What is kept in float32: parameters with fewer than `min_size` entries or of a role
     in `keep`, whose rows meet a gradient rarely; moments of another shape than their
@@ -168,14 +170,14 @@ def quantize_state(
     Accuracy of "root": a moment becomes one of the two codes beside it. For a first
     moment they are 1.6 % apart where it is the largest of its block, 6 % at 1/16 of it,
     25 % at 1/256, and 0 is one of them below 6.2e-5; for a second moment 1.6 %, 3 %,
-    6 %. Which of them it becomes changes from step to step, so that averages are right:
-    a moment follows its gradients even where a step moves it by less than a gap, as
-    with b2=0.999. What the codings of all the steps that a moment remembers add up to,
-    simulated with independent gradients (benchmarks/slow_averages.py): first moments
-    are 2 to 3 % off with b1 of 0.9 to 0.95 and 6 % with 0.99, in the norm; second
-    moments change updates by 4 % with b2=0.95 and 10 % with 0.999, and by 19 % after
-    half of the gradients of every block have shrunk to a tenth. There nearest codes,
-    as of "dynamic", make it 60 %: they stay where they are.
+    6 %. Which of them it becomes changes from step to step, so that a moment follows
+    its gradients even where a step moves it by less than a gap, as with b2=0.999. What
+    the codings of all the steps that a moment remembers add up to, simulated with
+    independent gradients (benchmarks/slow_averages.py): first moments are 2 to 3 % off
+    with b1 of 0.9 to 0.95 and 6 % with 0.99, in the norm; second moments change updates
+    by 4 % with b2=0.95 and 10 % with 0.999, and by 19 % after half of the gradients of
+    every block have shrunk to a tenth. There nearest codes, as of "dynamic", make it
+    60 %: they stay where they are.
 
     A second moment never becomes 0: it is at least 2e-10 of the largest in its block,
     and 1.2e-38. Scales are exact, so that results do not depend on the size of
@@ -193,8 +195,9 @@ def quantize_state(
       inner: Any transformation, ours or optax's; inside of it are the moments, so it
         may be a whole optimizer.
       bits: 8. Static.
-      block_size: About how many entries share a scale: an axis is halved until its
-        parts have 0.7 to 1.4 times as many, see `blocks_of`. >= 8. Static.
+      block_size: About how many entries share a scale: from 0.7 to 1.4 times as many,
+        and up to four times where an axis cannot be halved, see `blocks_of`. >= 8.
+        Static.
       min_size: Parameters with fewer entries keep float32 moments. >= 1. Static.
       code: "root", the rounded root, or "dynamic", the map of bitsandbytes, which is
         less accurate and slower, and loses what is slow. Static.

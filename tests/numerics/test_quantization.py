@@ -236,6 +236,29 @@ def test_codes_in_turn_are_right_on_average(signed: bool):
     assert np.abs(taken.mean(axis=0) - root).max() < 0.014
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((256, 16), 0),
+        ((256, 4, 4), 0),
+        ((3, 256, 16), 1),
+        ((16, 256), 1),
+        ((2, 16, 256), 2),
+        ((256,), 0),
+    ],
+    ids=str,
+)
+def test_entries_of_a_block_do_not_move_together(shape: tuple[int, ...], axis: int):
+    # All between two codes, of which 0.6 are the upper one in every step.
+    x = np.full(shape, (20.6 / 127) ** 2, np.float32)
+    np.moveaxis(x, axis, 0)[0] = 1.0
+    assert blocks_of(shape, 256).axis == axis
+    for step in range(3):
+        codes, _ = encoded(x, "root", True, step=jnp.int32(step))
+        inner = np.moveaxis(codes, axis, 0)[1:]
+        assert np.abs(inner.mean(axis=0) - 20.6).max() < 0.02
+
+
 @signs
 def test_what_is_a_code_stays_one(signed: bool):
     codes, values = codes_and_values("root", signed)

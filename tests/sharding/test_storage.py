@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxplus as ox
 from benchmarks.hlo_cost import hlo_cost
+from optaxplus.numerics.quantization import quantize
 from tests.assertions import assert_trees_equal
 from tests.problems import cast, gradients, normal_tree
 
@@ -115,6 +116,32 @@ def test_codes_on_eight_devices_are_those_on_one(kind, specs):
         # result too.
         pieces = 2 * 4 * 16 + 4 * 2 * 16 * 2 + 8 * 2 * 16
         assert 0 < cost.wire_bytes <= 2 * 2 * 4 * pieces
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "expected"),
+    [
+        # 16 blocks of 256 rows: whole ones, shared by up to eight devices, by more.
+        ((4096, 64), P("fsdp", None), P("fsdp", None)),
+        ((4096, 64), P(("fsdp", "data"), None), P("fsdp", None)),
+        ((4096, 64), P(("fsdp", "tensor"), None), P("fsdp", "tensor")),
+        ((4096, 64), P("tensor", "fsdp"), P("tensor", "fsdp")),
+        # Three columns cannot be shared out.
+        ((4096, 3), P(("fsdp", "tensor"), None), P("fsdp", None)),
+        ((2, 512, 32), P(None, "tensor", None), P(None, None, "tensor")),
+        ((4096,), P(("fsdp", "data")), P("fsdp")),
+    ],
+    ids=str,
+)
+def test_devices_that_share_a_block(shape, spec, expected):
+    sizes, names = (16, 8, 16), ("fsdp", "data", "tensor")
+    mesh = jax.sharding.AbstractMesh(
+        sizes, names, axis_types=(AxisType.Explicit,) * len(names)
+    )
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+    codes, scales = jax.eval_shape(lambda x: quantize(x, signed=True), x)
+    assert codes.sharding.spec == spec
+    assert scales.sharding.spec == expected
 
 
 WEIGHTS = {
