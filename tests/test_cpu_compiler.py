@@ -92,7 +92,7 @@ WITH_TWO = {
     "accumulate": ox.accumulate(ox.adamw(0.1), every_k=2),
 }
 # The old codes of each moment, which others may read when the new ones are written over
-# them. No moment is ever decoded as a whole.
+# them. No float32 moment is ever decoded as a whole.
 WITH_CODES = {
     "adamw8bit": ox.adamw8bit(0.1),
     "clipped-adamw8bit": clipped(ox.adamw8bit(0.1)),
@@ -125,6 +125,13 @@ WEIGHTS = {
     "master_weights-24": (ox.master_weights(ox.adamw(0.1), bits=24), 6.0),
     "stochastic_rounding": (ox.stochastic_rounding(ox.adamw(0.1)), NONE),
     "compensated": (ox.compensated(ox.adamw(0.1)), 6.0 + NONE),
+    # Beside that the codes; the update is the last thing that needs them.
+    "master_weights-24-codes": (
+        ox.master_weights(ox.adamw8bit(0.1), bits=24),
+        9.0 + NONE,
+    ),
+    # Moments in bfloat16 are decoded as a whole, in float32.
+    "bfloat16-moments": (ox.quantize_state(optax.adamw(0.1)), 8.0 + NONE),
 }
 
 

@@ -56,7 +56,8 @@ def dynamic_loss_scale(
 
     A step with a NaN or infinite gradient anywhere returns zeros, runs nothing of
     `inner` and leaves its state alone, step count included. Put everything that looks
-    at the size of gradients inside: clipping, the optimizer, `accumulate`. With
+    at the size of gradients inside: clipping, the optimizer, `accumulate` and
+    `optax.MultiSteps` (which around it would add a NaN to its sum for good). With
     bfloat16, whose range is that of float32, there is nothing to scale. Many of optax's
     optimizers keep their moments in the dtype of the parameters, where squares of
     float16 gradients are 0: put `master_weights` around them, or use this library's.

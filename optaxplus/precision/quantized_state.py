@@ -56,8 +56,9 @@ _SIGNED_NU = ("ScaleBySM3State", "SophiaState")
 _CENTERED = ("ScaleByRStdDevState", "ScaleByRmspropState")
 
 _FOUR_BITS = (
-    "4 are too few: with the best code the update of Adam changes by 18 % where 8 bits "
-    "change it by 1 % (benchmarks/state_codes.py)"
+    "with the best code of 4 the update of Adam changes by 18 % where 8 change it by "
+    "1 % (benchmarks/state_codes.py), and two codes in a byte would not lie on a mesh "
+    "as their parameter does"
 )
 
 
@@ -86,8 +87,9 @@ class QuantizedArray:
     def dequantize(self) -> jax.Array:
         """The array."""
         x = dequantize(
-            self.codes,
-            self.scales,
+            # NNX puts variables in the place of arrays.
+            jnp.asarray(self.codes),
+            jnp.asarray(self.scales),
             signed=self.signed,
             code=self.code,
             block_size=self.block_size,
@@ -205,8 +207,8 @@ def quantize_state(
         parameter that `rules` cannot decide has no role. Static.
       rules: Ordered rules that give the roles; put your own in front. Static.
       fields: Names of the fields of states that are moments, with "signed" or
-        "unsigned", for a transformation whose fields have other names than those of
-        `optaxplus.precision.quantized_state.MOMENTS`. Static.
+        "unsigned", in the place of `optaxplus.precision.quantized_state.MOMENTS`: other
+        fields stay in float32. Static.
 
     Returns:
       A transformation with state `QuantizedState` that emits what `inner` emits.
@@ -252,6 +254,9 @@ def quantize_state(
             "such as ('embedding',)."
         )
     rules = check_rules(name, rules)
+    roles_known = dict.fromkeys(rule.role for rule in (*DEFAULT_RULES, *rules))
+    for role in keep:
+        validation.check_choice(name, "keep", role, roles_known)
     wrapped = optax.with_extra_args_support(inner)
 
     def init_fn(params: PyTree) -> QuantizedState:

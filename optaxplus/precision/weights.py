@@ -53,10 +53,10 @@ class RoundedWeightsState(NamedTuple):
     """State of the wrappers that decide how weights are rounded."""
 
     count: jax.Array  # shape (), int32: finished updates
-    # Beside each low-precision parameter: its float32 weight w (master, 32 bits); int8,
-    # c in 1/256 of the spacing of p (24 bits); c, like p (compensated); or None, as it
-    # is beside wide parameters.
-    kept: PyTree
+    # One tree, of what is beside each low-precision parameter, None beside wide ones:
+    # "master", float32, w (32 bits); "correction", int8, c in 1/256 of the spacing of p
+    # (24 bits); "lost", like p, c (compensated). Empty with stochastic rounding.
+    kept: dict[str, PyTree]
     inner_state: Any  # state of the wrapped optimizer
     # Refused by what would change the updates, see `trees.check_not_outermost`.
     outermost = True
@@ -84,7 +84,7 @@ def master_weights(
       bits: 32, a float32 copy; or 24, the 16 bits of the parameter and 8 more, rounded
         stochastically, so that updates below their resolution (2^-16 to 2^-15 of a
         parameter in bfloat16) are kept on average. Static.
-      seed: Of the noise with 24 bits; other seeds round otherwise. Static.
+      seed: Of the noise with 24 bits, modulo 2^32; other seeds round otherwise. Static.
 
     Returns:
       A transformation with state `RoundedWeightsState` that needs params and
@@ -103,7 +103,7 @@ def master_weights(
       >>> for _ in range(10):
       ...     updates, state = tx.update(jnp.ones_like(params), state, params)
       ...     params = optax.apply_updates(params, updates)
-      >>> print(params, round(float(state.kept[0]), 4))
+      >>> print(params, round(float(state.kept["master"][0]), 4))
       [0.988281 0.988281] 0.99
     """
     name = "master_weights"
@@ -129,8 +129,9 @@ def stochastic_rounding(
 
     Args:
       inner: A whole optimizer. It gets gradients and parameters in float32.
-      seed: Of the noise; other seeds round otherwise. Groups of `optax.partition` that
-        have a wrapper each need seeds of their own for noise of their own. Static.
+      seed: Of the noise, modulo 2^32; other seeds round otherwise. Groups of
+        `optax.partition` that have a wrapper each need seeds of their own for noise of
+        their own. Static.
 
     Returns:
       A transformation with state `RoundedWeightsState` that needs params and emits
@@ -209,13 +210,15 @@ class _Rule(NamedTuple):
     """How low-precision parameters p are kept, leaf by leaf.
 
     Attributes:
-      begin: Makes of p what is kept beside it; None if nothing is.
+      kept: Name of what is kept; None if nothing is.
+      begin: Makes of p what is kept beside it.
       weight: Makes the float32 weight w of both.
       move: Given p, what is kept, w, its update u, and a function that makes random
         bits: the number that moves p, in float32, and what is kept from then on.
     """
 
-    begin: Callable[[jax.Array], jax.Array] | None
+    kept: str | None
+    begin: Callable[[jax.Array], jax.Array | None]
     weight: Callable[[jax.Array, Any], jax.Array]
     move: Callable[
         [jax.Array, Any, jax.Array, jax.Array, Callable[[], jax.Array]],
@@ -230,14 +233,14 @@ def _outermost(
     wrapped = optax.with_extra_args_support(inner)
 
     def begin(p: jax.Array) -> jax.Array | None:
-        return rule.begin(p) if rule.begin and _is_narrow(p) else None
+        return rule.begin(p) if _is_narrow(p) else None
 
     def init_fn(params: PyTree) -> RoundedWeightsState:
         trees.check_floating(name, params)
         _check_dtypes(name, params)
         return RoundedWeightsState(
             count=jnp.zeros([], jnp.int32),
-            kept=jax.tree.map(begin, params),
+            kept={rule.kept: jax.tree.map(begin, params)} if rule.kept else {},
             # State gets copies of parameters, as both may be donated.
             inner_state=_checked(name, wrapped.init(jax.tree.map(trees.widen, params))),
         )
@@ -249,9 +252,13 @@ def _outermost(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, RoundedWeightsState]:
         validation.check_params(name, params)
-        if rule.begin:
-            _check_kept(name, params, state.kept)
-        weights = jax.tree.map(weight, params, state.kept)
+        _check_state(name, state, rule)
+        if rule.kept:
+            kept = state.kept[rule.kept]
+            _check_kept(name, params, kept)
+        else:
+            kept = jax.tree.map(lambda _: None, params)
+        weights = jax.tree.map(weight, params, kept)
         updates, inner_state = wrapped.update(
             jax.tree.map(trees.widen, updates), state.inner_state, weights, **extra_args
         )
@@ -271,10 +278,11 @@ def _outermost(
             return rule.move(p, kept, w, u, bits)
 
         updates, kept = trees.map_several(
-            move, 2, updates, params, state.kept, weights, indices
+            move, 2, updates, params, kept, weights, indices
         )
         count = trees.increment(state.count)
         inner_state = trees.cast_like(inner_state, state.inner_state)
+        kept = {rule.kept: kept} if rule.kept else {}
         return updates, RoundedWeightsState(count, kept, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -320,19 +328,24 @@ def _move_compensated(
 
 
 _MASTER = {
-    32: _Rule(begin=trees.widen, weight=_master_weight, move=_move_master),
+    32: _Rule(
+        kept="master", begin=trees.widen, weight=_master_weight, move=_move_master
+    ),
     24: _Rule(
+        kept="correction",
         begin=lambda p: jnp.zeros_like(p, jnp.int8),
         weight=lambda p, c: join_weight(trees.widen(p), c, p.dtype.name),
         move=_move_split,
     ),
 }
 _STOCHASTIC = _Rule(
-    begin=None,
+    kept=None,
+    begin=lambda p: None,
     weight=lambda p, _: trees.widen(p),
     move=_move_stochastically,
 )
 _COMPENSATED = _Rule(
+    kept="lost",
     begin=jnp.zeros_like,
     weight=lambda p, c: trees.widen(p) + trees.widen(c),
     move=_move_compensated,
@@ -352,6 +365,18 @@ def _check_dtypes(name: str, params: PyTree) -> None:
                 f"{name}: parameter {path!r} of dtype {dtype} is not allowed; it must "
                 f"be {', '.join(NARROW)}, float32 or wider."
             )
+
+
+def _check_state(name: str, state: Any, rule: _Rule) -> None:
+    """Refuses the state of another wrapper, which would be added to the weights."""
+    found = sorted(state.kept) if isinstance(state, RoundedWeightsState) else None
+    if found != ([rule.kept] if rule.kept else []):
+        beside = f"with {found} beside the parameters" if found is not None else ""
+        raise ValueError(
+            f"{name}: a state {beside or f'of type {type(state).__name__}'} is not "
+            f"allowed; it must be that of this wrapper, with {[rule.kept]} there, from "
+            "its init."
+        )
 
 
 def _check_kept(name: str, params: PyTree, kept: PyTree) -> None:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from optaxplus import validation
@@ -123,7 +122,7 @@ def memory_report(
 
 
 def _leaf_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def _tree_bytes(tree: PyTree) -> int:

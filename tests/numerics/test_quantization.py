@@ -13,82 +13,24 @@ from optaxplus.numerics.quantization import (
     quantize,
     root_code,
 )
-
-KINDS = [
-    ("root", True),
-    ("root", False),
-    ("dynamic", True),
-    ("dynamic", False),
-]
-every_kind = pytest.mark.parametrize(
-    ("code", "signed"),
+from tests.numerics.codes import (
     KINDS,
-    ids=[f"{code}-{'signed' if signed else 'unsigned'}" for code, signed in KINDS],
+    by_columns,
+    codes_and_values,
+    decoded,
+    encoded,
+    every_kind,
+    measured,
+    round_trip,
+    samples,
+    signs,
 )
-
-signs = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 
 # The smallest normal float32, the smallest scale.
 TINY = np.float32(2.0**-126)
 SMALLEST_SCALE = np.float32(2.0**-124)
 
-STATIC = ("signed", "code", "block_size")
-_encode = jax.jit(quantize, static_argnames=STATIC)
-_decode = jax.jit(dequantize, static_argnames=STATIC)
-
-
-def encoded(x, code: str, signed: bool, **options) -> tuple[np.ndarray, np.ndarray]:
-    codes, scales = _encode(jnp.asarray(x), code=code, signed=signed, **options)
-    return np.array(codes), np.array(scales)
-
-
-def decoded(codes, scales, code: str, signed: bool, **options) -> np.ndarray:
-    codes, scales = jnp.asarray(codes), jnp.asarray(scales)
-    return np.asarray(_decode(codes, scales, code=code, signed=signed, **options))
-
-
-def round_trip(x, code: str, signed: bool, **options) -> np.ndarray:
-    return decoded(*encoded(x, code, signed, **options), code, signed, **options)
-
-
-def samples(
-    shape: tuple[int, ...], signed: bool, decades: float = 7.0, seed: int = 0
-) -> np.ndarray:
-    """float32 numbers of sizes 10^-decades to 1."""
-    rng = np.random.default_rng(seed)
-    x = 10.0 ** rng.uniform(-decades, 0, shape)
-    return (x * rng.choice([-1, 1], shape) if signed else x).astype(np.float32)
-
-
-def by_columns(scales: np.ndarray, rows: int, block: int = 256) -> np.ndarray:
-    """The scale of every entry of a matrix of `rows`, whose blocks lie along them."""
-    return np.repeat(scales.astype(np.float64), block, axis=0)[:rows]
-
-
 # Every entry gets the nearest code
-
-
-def exponent(signed: bool) -> int:
-    """Of "root": first moments are coded by square roots, second ones by fourth."""
-    return 2 if signed else 4
-
-
-def codes_and_values(code: str, signed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """All codes that an entry may get, and what they stand for, in float64."""
-    if code == "root":
-        codes = np.arange(-127, 128) if signed else np.arange(1, 256)
-        return codes, np.sign(codes) * (np.abs(codes) / codes[-1]) ** exponent(signed)
-    codes = np.arange(256)[0 if signed else 1 :]
-    return codes, dynamic_map(signed).astype(np.float64)[codes]
-
-
-def measured(ratio: np.ndarray, code: str, signed: bool) -> np.ndarray:
-    """In what the nearest code is the nearest: "root" rounds roots."""
-    if code == "dynamic":
-        return ratio
-    root = np.abs(ratio) ** (1 / exponent(signed))
-    # Between 0 and the first code it is the number itself.
-    return np.sign(ratio) * (np.minimum(root, 127 * root**2) if signed else root)
 
 
 def check_nearest(x, code: str, signed: bool) -> None:
@@ -214,59 +156,6 @@ def test_relative_error(code: str, signed: bool, smallest: float, error: float):
     measured_error = np.abs(round_trip(x, code, signed) / x.astype(np.float64) - 1)
     # There are dozens of entries between two codes, and so some close to the middle.
     assert 0.95 * error < measured_error.max() <= 1.01 * error
-
-
-@signs
-def test_codes_in_turn_are_right_on_average(signed: bool):
-    x = samples((256, 8), signed, decades=6.0)
-    x[0] = 1.0
-    taken = np.array(
-        [
-            encoded(x, "root", signed, step=jnp.int32(step))[0].astype(int)
-            for step in range(1000)
-        ]
-    )
-    moves = np.ptp(taken, axis=0)
-    assert moves.max() == 1
-    assert moves.mean() > 0.5
-    root = measured(x.astype(np.float64), "root", signed) * (127 if signed else 255)
-    # The smallest code of second moments is 1.
-    root = root if signed else np.maximum(root, 1)
-    # The share of shifts below p differs from p by 1.9 log(n) / n at most.
-    assert np.abs(taken.mean(axis=0) - root).max() < 0.014
-
-
-@pytest.mark.parametrize(
-    ("shape", "axis"),
-    [
-        ((256, 16), 0),
-        ((256, 4, 4), 0),
-        ((3, 256, 16), 1),
-        ((16, 256), 1),
-        ((2, 16, 256), 2),
-        ((256,), 0),
-    ],
-    ids=str,
-)
-def test_entries_of_a_block_do_not_move_together(shape: tuple[int, ...], axis: int):
-    # All between two codes, of which 0.6 are the upper one in every step.
-    x = np.full(shape, (20.6 / 127) ** 2, np.float32)
-    np.moveaxis(x, axis, 0)[0] = 1.0
-    assert blocks_of(shape, 256).axis == axis
-    for step in range(3):
-        codes, _ = encoded(x, "root", True, step=jnp.int32(step))
-        inner = np.moveaxis(codes, axis, 0)[1:]
-        assert np.abs(inner.mean(axis=0) - 20.6).max() < 0.02
-
-
-@signs
-def test_what_is_a_code_stays_one(signed: bool):
-    codes, values = codes_and_values("root", signed)
-    x = np.repeat(values.astype(np.float32)[:, None], 4, axis=1)
-    x = np.concatenate([x, x])[: 2 * 256] if signed else np.concatenate([x, x])
-    for step in range(50):
-        found, _ = encoded(x, "root", signed, step=jnp.int32(step), block_size=512)
-        np.testing.assert_array_equal(found[: len(codes), 0], codes)
 
 
 # Scales

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import optaxplus as ox
 from optaxplus import trees
@@ -133,3 +135,15 @@ def test_fields_of_other_names():
         ox.quantize_state(inner).init(params)
     tx = ox.quantize_state(inner, fields={"velocity": "signed"})
     assert len(arrays(tx.init(params))) == 1
+
+
+def test_the_state_of_nnx_is_read():
+    """Which has variables in the place of arrays."""
+    model = nnx.Linear(64, 96, rngs=nnx.Rngs(0))
+    tx = ox.quantize_state(ox.adamw(1e-3), min_size=1)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = jax.tree.map(jnp.cos, nnx.state(model, nnx.Param))
+    optimizer.update(model, grads)
+    mu = optax.tree.get(ox.dequantize_state(optimizer.opt_state), "mu")
+    found, g = mu["kernel"], grads["kernel"]
+    np.testing.assert_allclose(found, 0.1 * g, rtol=0.3, atol=1e-4 * np.max(g))

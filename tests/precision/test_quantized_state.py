@@ -376,7 +376,7 @@ def test_extra_arguments_reach_the_inner_one():
         (
             {"bits": 4},
             ValueError,
-            r"bits=4 is not allowed; it must be 8; 4 are too few",
+            r"bits=4 is not allowed; it must be 8; with the best .* 18 %",
         ),
         ({"bits": 16}, ValueError, r"bits=16 is not allowed; it must be 8\.$"),
         ({"block_size": 4}, ValueError, r"block_size=4 .* integer >= 8"),
@@ -384,6 +384,7 @@ def test_extra_arguments_reach_the_inner_one():
         ({"code": "linear"}, ValueError, r"code='linear' .* 'root', 'dynamic'"),
         ({"keep": "embedding"}, TypeError, r"keep='embedding' .* \('embedding',\)"),
         ({"fields": {"mu": "int"}}, ValueError, r"fields\['mu'\]='int'.*'unsigned'"),
+        ({"keep": ("embeding",)}, ValueError, r"keep='embeding' .* 'embedding', "),
         ({"keep": None}, TypeError, r"keep=None .* collection of roles"),
         ({"fields": ("mu",)}, TypeError, r"fields=\('mu',\) .* mapping"),
         ({"rules": ("dense",)}, TypeError, r"rules"),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax.training.train_state import TrainState
 
@@ -21,6 +22,7 @@ from tests.precision.weight_rules import (
     WRAPPERS,
     each_dtype,
     each_wrapper,
+    kept_of,
     resolution,
     train,
     weights_of,
@@ -271,7 +273,7 @@ def test_seeds_of_24_bits():
 
     def correction(seed: int, g: jax.Array) -> jax.Array:
         tx = ox.master_weights(ox.sgd(1.0), bits=24, seed=seed)
-        return train(tx, params, [g])[1].kept
+        return kept_of(train(tx, params, [g])[1])
 
     halves = [correction(seed, unit / 2) for seed in (0, 0, 1, 2**40 + 5)]
     np.testing.assert_array_equal(halves[0], halves[1])
@@ -388,6 +390,31 @@ def test_wrong_parameters_are_refused(name: str):
     message = ": parameter 'a/n' of dtype int32 is not allowed; it must be floating"
     with pytest.raises(TypeError, match=message):
         WRAPPERS[name](optax.identity()).init({"a": {"n": jnp.ones(2, jnp.int32)}})
+
+
+@pytest.mark.parametrize("other", [*WRAPPERS, "none"])
+@each_wrapper
+def test_the_state_of_another_wrapper_is_refused(name: str, other: str):
+    tx = WRAPPERS[name](SGD)
+    params = {"w": jnp.ones(4, jnp.bfloat16)}
+    state = (WRAPPERS[other](SGD) if other in WRAPPERS else SGD).init(params)
+    if other == name:
+        tx.update(params, state, params)
+        return
+    with pytest.raises(ValueError, match=r"a state .* must be that of this wrapper"):
+        tx.update(params, state, params)
+
+
+def test_a_checkpoint_of_another_wrapper_is_refused(tmp_path):
+    params = {"w": jnp.ones(4, jnp.bfloat16)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = WRAPPERS["master24"](SGD).init(params)
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        for name in ("master32", "compensated", "stochastic"):
+            target = jax.eval_shape(WRAPPERS[name](SGD).init, params)
+            with pytest.raises(ValueError, match="correction"):
+                checkpointer.restore(tmp_path / "state", target)
 
 
 @pytest.mark.parametrize("name", ["master32", "master24", "compensated"])

@@ -70,14 +70,20 @@ def kahan(p: Any, correction: Any, u: Any) -> tuple[np.ndarray, np.ndarray]:
     return new, np.where(moves, np.nextafter(lost, np.zeros_like(lost)), lost)
 
 
+def kept_of(state: Any) -> Any:
+    """What is kept beside the parameters."""
+    (kept,) = state.kept.values()
+    return kept
+
+
 def weights_of(name: str, params: Any, state: Any) -> Any:
     """The float32 weights that parameters and state stand for."""
     if name == "master32":
-        return state.kept
+        return kept_of(state)
     if name == "master24":
-        return jax.tree.map(joined, params, state.kept)
+        return jax.tree.map(joined, params, kept_of(state))
     if name == "compensated":
-        return jax.tree.map(lambda p, c: wide(p) + wide(c), params, state.kept)
+        return jax.tree.map(lambda p, c: wide(p) + wide(c), params, kept_of(state))
     return jax.tree.map(wide, params)
 
 
