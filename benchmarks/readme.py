@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -19,6 +20,8 @@ import optaxplus as ox
 
 # A script's own folder, also where the tests load it by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import storage_time
+import train_gpt_storage
 from methods import FROM_OPTAX, METHODS, WRAPPERS, Method
 from pod_cost import markdown
 from routing import OURS, details, misses, summary
@@ -292,6 +295,37 @@ def seeds() -> str:
     )
 
 
+def storage() -> str:
+    """Fewer bits beside float32: losses, bytes and time, from the committed results."""
+    trained = json.loads((RESULTS / "train_gpt_storage.json").read_text("utf-8"))
+    runs = trained["trials"]
+    timed = json.loads((RESULTS / "storage_time.json").read_text("utf-8"))
+    return "\n".join(
+        [
+            *_markdown(train_gpt_storage.table(runs)),
+            "",
+            f"The main job, {runs[0]['steps']} steps, seeds {_seeds(runs)}: last "
+            "validation loss, median (smallest to largest) over the seeds, and its "
+            "change from the float32 run with the same seed; parameters of every run "
+            "are computed with in float32. The spread of float32 is that of seeds. "
+            "Lion has the hidden matrices, AdamW the rest. `python "
+            "benchmarks/train_gpt_storage.py` trains them.",
+            "",
+            *_markdown(storage_time.table(timed["rows"])),
+            "",
+            "One step on a CPU beside the same optimizer without: of float32 for state "
+            "in 8 bits, of bfloat16 weights that do not learn for the others; medians "
+            f"(quartiles) of {timed['arguments']['rounds']} interleaved rounds on "
+            f"{timed['threads']} threads of {timed['processor']}, bytes a parameter. "
+            "`python benchmarks/storage_time.py` measures it.",
+        ]
+    )
+
+
+def _seeds(runs: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(map(str, sorted({run["seed"] for run in runs})))
+
+
 def routing() -> str:
     """What Muon gets of five models, from optax and from here, from its results."""
     results = json.loads((RESULTS / "routing.json").read_text("utf-8"))
@@ -346,6 +380,7 @@ BLOCKS = {
     "pod cost": pod_cost,
     "orthogonality": orthogonality,
     "seeds": seeds,
+    "storage": storage,
     "update time": update_time,
 }
 
