@@ -22,7 +22,7 @@ al., Revisiting bfloat16 training, arXiv 2010.06192, Algorithms 2 and 3, for
 compensated sums and stochastic rounding of weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -210,15 +210,13 @@ class _Rule(NamedTuple):
     """How low-precision parameters p are kept, leaf by leaf.
 
     Attributes:
-      kept: Name of what is kept; None if nothing is.
-      begin: Makes of p what is kept beside it.
+      begin: Name of what is kept beside p, and what makes it of p; empty if nothing is.
       weight: Makes the float32 weight w of both.
       move: Given p, what is kept, w, its update u, and a function that makes random
         bits: the number that moves p, in float32, and what is kept from then on.
     """
 
-    kept: str | None
-    begin: Callable[[jax.Array], jax.Array | None]
+    begin: Mapping[str, Callable[[jax.Array], jax.Array]]
     weight: Callable[[jax.Array, Any], jax.Array]
     move: Callable[
         [jax.Array, Any, jax.Array, jax.Array, Callable[[], jax.Array]],
@@ -232,15 +230,15 @@ def _outermost(
     """`inner` moves the weights of the rule, and the parameters follow."""
     wrapped = optax.with_extra_args_support(inner)
 
-    def begin(p: jax.Array) -> jax.Array | None:
-        return rule.begin(p) if _is_narrow(p) else None
+    def beside(make: Callable[[jax.Array], jax.Array], params: PyTree) -> PyTree:
+        return jax.tree.map(lambda p: make(p) if _is_narrow(p) else None, params)
 
     def init_fn(params: PyTree) -> RoundedWeightsState:
         trees.check_floating(name, params)
         _check_dtypes(name, params)
         return RoundedWeightsState(
             count=jnp.zeros([], jnp.int32),
-            kept={rule.kept: jax.tree.map(begin, params)} if rule.kept else {},
+            kept={key: beside(make, params) for key, make in rule.begin.items()},
             # State gets copies of parameters, as both may be donated.
             inner_state=_checked(name, wrapped.init(jax.tree.map(trees.widen, params))),
         )
@@ -253,11 +251,9 @@ def _outermost(
     ) -> tuple[PyTree, RoundedWeightsState]:
         validation.check_params(name, params)
         _check_state(name, state, rule)
-        if rule.kept:
-            kept = state.kept[rule.kept]
+        kept = jax.tree.map(lambda _: None, params)
+        for kept in state.kept.values():
             _check_kept(name, params, kept)
-        else:
-            kept = jax.tree.map(lambda _: None, params)
         weights = jax.tree.map(weight, params, kept)
         updates, inner_state = wrapped.update(
             jax.tree.map(trees.widen, updates), state.inner_state, weights, **extra_args
@@ -282,7 +278,7 @@ def _outermost(
         )
         count = trees.increment(state.count)
         inner_state = trees.cast_like(inner_state, state.inner_state)
-        kept = {rule.kept: kept} if rule.kept else {}
+        kept = dict.fromkeys(rule.begin, kept)
         return updates, RoundedWeightsState(count, kept, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -328,25 +324,20 @@ def _move_compensated(
 
 
 _MASTER = {
-    32: _Rule(
-        kept="master", begin=trees.widen, weight=_master_weight, move=_move_master
-    ),
+    32: _Rule(begin={"master": trees.widen}, weight=_master_weight, move=_move_master),
     24: _Rule(
-        kept="correction",
-        begin=lambda p: jnp.zeros_like(p, jnp.int8),
+        begin={"correction": lambda p: jnp.zeros_like(p, jnp.int8)},
         weight=lambda p, c: join_weight(trees.widen(p), c, p.dtype.name),
         move=_move_split,
     ),
 }
 _STOCHASTIC = _Rule(
-    kept=None,
-    begin=lambda p: None,
+    begin={},
     weight=lambda p, _: trees.widen(p),
     move=_move_stochastically,
 )
 _COMPENSATED = _Rule(
-    kept="lost",
-    begin=jnp.zeros_like,
+    begin={"lost": jnp.zeros_like},
     weight=lambda p, c: trees.widen(p) + trees.widen(c),
     move=_move_compensated,
 )
@@ -369,13 +360,13 @@ def _check_dtypes(name: str, params: PyTree) -> None:
 
 def _check_state(name: str, state: Any, rule: _Rule) -> None:
     """Refuses the state of another wrapper, which would be added to the weights."""
-    found = sorted(state.kept) if isinstance(state, RoundedWeightsState) else None
-    if found != ([rule.kept] if rule.kept else []):
-        beside = f"with {found} beside the parameters" if found is not None else ""
+    found = list(state.kept) if isinstance(state, RoundedWeightsState) else None
+    if found != list(rule.begin):
+        it = type(state).__name__ if found is None else f"kept={', '.join(found)!r}"
         raise ValueError(
-            f"{name}: a state {beside or f'of type {type(state).__name__}'} is not "
-            f"allowed; it must be that of this wrapper, with {[rule.kept]} there, from "
-            "its init."
+            f"{name}: a state with {it} is not allowed; it must be of this wrapper, "
+            f"with kept={', '.join(rule.begin)!r}: from its init, or from a checkpoint "
+            "of it."
         )
 
 

@@ -401,7 +401,7 @@ def test_the_state_of_another_wrapper_is_refused(name: str, other: str):
     if other == name:
         tx.update(params, state, params)
         return
-    with pytest.raises(ValueError, match=r"a state .* must be that of this wrapper"):
+    with pytest.raises(ValueError, match=r"a state with .* must be of this wrapper"):
         tx.update(params, state, params)
 
 
