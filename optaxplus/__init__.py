@@ -12,6 +12,7 @@ from optaxplus.optimizers.adaptive import adam, adamw, amsgrad, nadam, radam
 from optaxplus.optimizers.averaged import ranger
 from optaxplus.optimizers.blockwise import adam_mini
 from optaxplus.optimizers.classical import adagrad, rmsprop, sgd
+from optaxplus.optimizers.curvature import sophia
 from optaxplus.optimizers.dion import dion
 from optaxplus.optimizers.factored import adafactor, came
 from optaxplus.optimizers.layerwise import lamb, lars
@@ -78,8 +79,10 @@ from optaxplus.transforms.centralization import centralize
 from optaxplus.transforms.chaining import chain_in_float32
 from optaxplus.transforms.clipping import clip_by_global_norm, clip_update_rms
 from optaxplus.transforms.confidence import ScaleByConfidenceState, scale_by_confidence
+from optaxplus.transforms.curvature import ScaleBySophiaState, scale_by_sophia
 from optaxplus.transforms.dion import ScaleByDionState, scale_by_dion
 from optaxplus.transforms.factored import FactoredRmsState, factored_rms
+from optaxplus.transforms.hessian_estimates import gauss_newton_bartlett, hutchinson
 from optaxplus.transforms.layerwise import scale_by_param_rms, trust_ratio
 from optaxplus.transforms.momentum import (
     ScaleByEmaState,
@@ -139,6 +142,7 @@ __all__ = [
     "ScaleByNadamState",
     "ScaleByRadamState",
     "ScaleByRmspropState",
+    "ScaleBySophiaState",
     "ScaleByStableAdamState",
     "accumulate",
     "adafactor",
@@ -166,6 +170,8 @@ __all__ = [
     "dynamic_loss_scale",
     "explain_routing",
     "factored_rms",
+    "gauss_newton_bartlett",
+    "hutchinson",
     "infer_matrix_axes",
     "infer_roles",
     "label_params",
@@ -212,11 +218,13 @@ __all__ = [
     "scale_by_radam",
     "scale_by_rmsprop",
     "scale_by_sign",
+    "scale_by_sophia",
     "scale_by_stable_adam",
     "scion",
     "sgd",
     "signum",
     "skipped_steps",
+    "sophia",
     "stable_adamw",
     "stacked",
     "state_sharding",

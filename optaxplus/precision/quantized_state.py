@@ -33,6 +33,7 @@ __all__ = [
 MOMENTS: Mapping[str, str] = MappingProxyType(
     {
         "ema": "signed",
+        "hessian": "signed",
         "m1": "signed",
         "mu": "signed",
         "mu_diff": "signed",
