@@ -155,6 +155,13 @@ METHODS = (
         "memory counts: 12 bytes",
     ),
     Method(
+        "sophia",
+        ox.sophia(0.1),
+        arxiv("2305.14342"),
+        "curvature at a tenth of its price: clipped Newton steps, entry by entry",
+        "training loops that cannot give `hessian=` to `update`",
+    ),
+    Method(
         "lion",
         ox.lion(0.1),
         arxiv("2302.06675"),

@@ -88,7 +88,12 @@ def test_all_is_sorted_and_importable(module: str) -> None:
 
 
 # What several factories are made of; no transformations themselves.
-BUILDING_BLOCKS = {"matrices_and_others", "matrix_axes_of", "orthogonalize"}
+BUILDING_BLOCKS = {
+    "bind_hessian",
+    "matrices_and_others",
+    "matrix_axes_of",
+    "orthogonalize",
+}
 
 
 def test_the_root_exports_all_that_transforms_and_optimizers_define() -> None:
@@ -123,7 +128,7 @@ def test_nothing_public_is_left_out_of_all() -> None:
 
 
 # Functions of parameters, no transformations.
-OF_PARAMS = {"decay_mask", "qk_clip"}
+OF_PARAMS = {"decay_mask", "gauss_newton_bartlett", "hutchinson", "qk_clip"}
 # Wrappers and plumbing, which are not rows of the table of cases.
 NOT_RULES = {"accumulate", "chain_in_float32", *OF_PARAMS}
 
@@ -196,6 +201,7 @@ DIFFERENT_DEFAULTS = {
     ("ranger", "eps"): "the author's; the link's is RAdam's",
     ("ranger", "every_k"): "the author's; the link's is Lookahead's",
     ("rmsprop", "momentum"): "none unless asked for, as in PyTorch",
+    ("sophia", "weight_decay"): "the authors'; a chain decays only if asked to",
     ("stable_adamw", "weight_decay"): "optimi's; a chain decays only if asked to",
     ("adafactor", "clip_threshold"): "the link alone only divides, as optax's",
     ("adafactor", "b1"): "no momentum unless asked for, as in the paper",

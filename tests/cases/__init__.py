@@ -13,6 +13,7 @@ from tests.case import Case
 from tests.cases import (
     adaptive,
     classical,
+    curvature,
     layerwise,
     links,
     matrix,
@@ -34,7 +35,7 @@ __all__ = [
     "variants_are_slow",
 ]
 
-LINKS = [*links.CASES, *scion.LINKS]
+LINKS = [*links.CASES, *scion.LINKS, *curvature.LINKS]
 NAMED = [
     *classical.CASES,
     *adaptive.CASES,
@@ -43,6 +44,7 @@ NAMED = [
     *wrapped.CASES,
     *matrix.CASES,
     *scion.CASES,
+    *curvature.CASES,
     *storage.CASES,
 ]
 CASES = [*LINKS, *NAMED]
@@ -85,6 +87,7 @@ FAMILIES = (
     "normuon",
     "dion",
     "scion",
+    "sophia",
     "adamw8bit",
 )
 

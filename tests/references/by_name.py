@@ -10,6 +10,7 @@ from tests.references import (
     adam_variants,
     adaptive,
     classical,
+    curvature,
     factored,
     layerwise,
     lookahead,
@@ -55,4 +56,5 @@ REFERENCES: Mapping[str, Callable[..., list[Array]]] = {
     "lookahead": lookahead_of_adam,
     "ranger": lookahead.ranger,
     "muon": matrix.muon,
+    "sophia": curvature.sophia,
 }
