@@ -97,7 +97,9 @@ def scale_by_sophia(
     rest masked; one that ignores its argument, `lambda _: estimate(params)`, works. The
     estimate is that of the loss itself: do not multiply it by a loss scale.
     `optaxplus.accumulate` calls the function once per update, `optax.MultiSteps` in
-    every micro-step of an update with a refresh.
+    every micro-step of an update with a refresh. `optaxplus.quantize_state` makes the
+    smallest entries of the diagonal 0, so that they clip; where none is negative
+    `fields={"mu": "signed", "hessian": "unsigned"}` keeps them.
 
     Args:
       b1: Decay rate of the mean, in [0, 1).
