@@ -158,8 +158,8 @@ METHODS = (
         "sophia",
         ox.sophia(0.1),
         arxiv("2305.14342"),
-        "curvature at a tenth of its price: clipped Newton steps, entry by entry",
-        "training loops that cannot give `hessian=` to `update`",
+        "losses whose curvature differs much between entries",
+        "a default: the speed-runs of modded-nanogpt saw no gain over Adam",
     ),
     Method(
         "lion",

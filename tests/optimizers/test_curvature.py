@@ -234,9 +234,17 @@ def test_nnx(estimator: str):
     ]
     descends(losses)
     assert_same_types(jax.tree.leaves(nnx.state(optimizer)), types)
-    # And a pytree with the boxes of the model's state.
-    grads = nnx.grad(lambda m: cross_entropy(m(X)))(model)
-    optimizer.update(model, grads, hessian=nnx.state(model, nnx.Param))
+
+
+def test_nnx_with_the_boxes_of_a_state():
+    model = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, ox.sophia(0.03), wrt=nnx.Param)
+    state = nnx.state(model, nnx.Param)
+    kernel = np.array(nnx.as_pure(state)["kernel"])
+    optimizer.update(model, state, hessian=state)
+    found = optax.tree.get(nnx.as_pure(optimizer.opt_state), "hessian")
+    # (1 - b2) of the estimate, up to float32 roundings.
+    np.testing.assert_allclose(found["kernel"], 0.01 * kernel, rtol=1e-6)
 
 
 class Boxed(nn.Module):

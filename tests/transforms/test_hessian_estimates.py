@@ -153,9 +153,13 @@ def test_leading_axes_are_terms_of_the_mean():
         lambda p: logits_fn(p, x.reshape(3, 4, 3)), WEIGHTS, KEY
     )
     assert_trees_close(shaped, plain, rtol=1e-6)  # sums in another order
+
+
+@pytest.mark.slow
+def test_one_term_needs_no_leading_axes():
     one = gauss_newton_bartlett(lambda p: logits_fn(p, X[0]), WEIGHTS, KEY)
     single = gauss_newton_bartlett(lambda p: logits_fn(p, X[:1]), WEIGHTS, KEY)
-    assert_trees_close(one, single, rtol=1e-6)
+    assert_trees_close(one, single, rtol=1e-6)  # two programs
 
 
 def test_batch_size_is_the_factor():
@@ -300,6 +304,7 @@ def test_states_of_nnx(estimate):
     )  # two programs
 
 
+@pytest.mark.slow
 def test_op_by_op():
     assert_trees_close(
         ox.gauss_newton_bartlett(logits_fn, WEIGHTS, KEY, batch_size=7),
