@@ -118,9 +118,11 @@ def scale_by_sophia(
 
     Returns:
       A transformation with state `ScaleBySophiaState`; emits float32 with entries in
-      [-1, 1]. Zero gradients give zeros. Where an estimate is infinite the update is 0
-      from then on. NaN in a gradient or an estimate makes its entry NaN from then on;
-      an infinite gradient makes it ±1, or NaN if the estimate is infinite too.
+      [-1, 1]. Under `optax.inject_hyperparams` pass
+      `static_args=("update_interval", "first_refresh")`. Zero gradients give zeros.
+      Where an estimate is infinite the update is 0 from then on. NaN in a gradient or
+      an estimate makes its entry NaN from then on; an infinite gradient makes it ±1,
+      or NaN if the estimate is infinite too.
 
     Raises:
       TypeError: If an argument has a wrong type, a parameter or an entry of `hessian`

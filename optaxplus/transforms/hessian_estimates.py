@@ -158,9 +158,10 @@ def gauss_newton_bartlett(
             )
         logits = trees.widen(logits)
         labels = jax.random.categorical(key, jax.lax.stop_gradient(logits))
-        losses = -jnp.take_along_axis(
-            jax.nn.log_softmax(logits), labels[..., None], axis=-1
-        ).squeeze(-1)
+        # A choice and no look-up, which would need all classes on one device.
+        is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
+        log_p = jax.nn.log_softmax(logits)
+        losses = -jnp.sum(jnp.where(is_label, log_p, 0.0), axis=-1)
         number = jnp.asarray(losses.size, losses.dtype)
         if where is not None:
             losses, number = _chosen(name, losses, where)

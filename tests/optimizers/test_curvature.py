@@ -101,6 +101,17 @@ def test_wrappers_pass_the_estimate_on(wrapper, kind: str):
         assert_trees_close(update, wanted, rtol=3e-5)
 
 
+def test_beside_muon():
+    """The estimate of the whole tree reaches the group that is left to Sophia."""
+    sophia = ox.sophia(0.1, **ARGUMENTS)
+    tx = ox.muon(0.1, fallback=sophia)
+    bias = [{"b": g["b"]} for g in GRADS]
+    expected = run(sophia, six_times({"b": PARAMS["b"]}), bias, {"b": PARAMS["b"]})
+    for hessian in (six_times(PARAMS), lambda _: six_times(PARAMS)):
+        for update, wanted in zip(run(tx, hessian), expected, strict=True):
+            assert_trees_close({"b": update["b"]}, wanted, rtol=3e-7)
+
+
 def test_around_a_direction():
     tx = optax.chain(
         ox.cautious(ox.scale_by_sophia(gamma=1.0)), ox.descend(0.1, weight_decay=0.1)

@@ -12,6 +12,8 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import optaxplus as ox
 from tests.assertions import assert_same_types, assert_trees_close, assert_trees_equal
@@ -302,6 +304,21 @@ def test_states_of_nnx(estimate):
     assert_trees_close(
         nnx.as_pure(ours), estimate(logits, pure, KEY), rtol=1e-5
     )  # two programs
+
+
+@each_estimator
+def test_shardings_in_types(estimate):
+    """Parameters of which every device has a part, and so of the classes."""
+    specs = {"w": P(None, "data"), "b": P("data")}
+    devices = jax.devices()[:2]
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Explicit,), devices=devices)
+    plain = estimate(logits_fn, WEIGHTS, KEY)
+    with jax.set_mesh(mesh):
+        placed = {key: jax.device_put(WEIGHTS[key], specs[key]) for key in specs}
+        ours = estimate(logits_fn, placed, KEY)
+    assert {key: x.sharding.spec for key, x in ours.items()} == specs
+    # Sums go over the devices in another order.
+    assert_trees_close(jax.device_get(ours), jax.device_get(plain), rtol=1e-5)
 
 
 @pytest.mark.slow
