@@ -13,7 +13,8 @@ m, h are the state's `mu`, `hessian`.
 Source: Liu et al., Sophia, arXiv 2305.14342, Algorithm 3, whose first step refreshes h.
 The authors' code (Liuhong99/Sophia, `sophia.py`, `train_sophiag.py`) refreshes h after
 the steps k, 2k, …, so that it is used from step k + 1 on: `first_refresh=k`. It divides
-by γ·B·h + 1e-15 with h the average of ĝ², which is ours with ĥ = B·ĝ² and eps=1e-15.
+by γ·B·h + 1e-15 with h the average of ĝ², which is ours with ĥ = B·ĝ² and eps=1e-15;
+their training script also clips the norm of ĝ to 1.
 `optax.contrib.sophia` refreshes h after the first step and corrects the bias of m:
 `first_refresh=1, debias=True`.
 """
