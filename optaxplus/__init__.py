@@ -18,6 +18,7 @@ from optaxplus.optimizers.factored import adafactor, came
 from optaxplus.optimizers.layerwise import lamb, lars
 from optaxplus.optimizers.muon import muon
 from optaxplus.optimizers.muon_variants import adamuon, normuon
+from optaxplus.optimizers.psgd import kron
 from optaxplus.optimizers.qk_clip import qk_clip
 from optaxplus.optimizers.quantized import adamw8bit, lion8bit
 from optaxplus.optimizers.scion import scion
@@ -101,6 +102,7 @@ from optaxplus.transforms.orthogonalized import (
     orthogonalize_via_newton_schulz,
     scale_by_matrix_shape,
 )
+from optaxplus.transforms.psgd import ScaleByKronState, scale_by_kron
 from optaxplus.transforms.sign import ScaleByLionState, scale_by_lion, scale_by_sign
 from optaxplus.transforms.variance_reduction import MarsCorrectionState, mars_correction
 from optaxplus.transforms.weight_decay import DescendState, decay_mask, descend
@@ -137,6 +139,7 @@ __all__ = [
     "ScaleByConfidenceState",
     "ScaleByDionState",
     "ScaleByEmaState",
+    "ScaleByKronState",
     "ScaleByLionState",
     "ScaleByMomentumState",
     "ScaleByNadamState",
@@ -174,6 +177,7 @@ __all__ = [
     "hutchinson",
     "infer_matrix_axes",
     "infer_roles",
+    "kron",
     "label_params",
     "lamb",
     "lars",
@@ -209,6 +213,7 @@ __all__ = [
     "scale_by_confidence",
     "scale_by_dion",
     "scale_by_ema",
+    "scale_by_kron",
     "scale_by_lion",
     "scale_by_matrix_shape",
     "scale_by_momentum",
