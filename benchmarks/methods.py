@@ -248,6 +248,13 @@ METHODS = (
         "updates of low rank, what they miss kept for later",
         "speed: on CPUs its QR takes longer than all of Muon's products",
     ),
+    Method(
+        "kron",
+        ox.kron(0.1),
+        arxiv("1512.04202", "2402.11858"),
+        "ill-conditioned problems: rows and columns whitened, mixtures included",
+        "memory counts: factors of both sides; the first 500 steps refresh every time",
+    ),
 )
 
 # Around an optimizer or a direction; the state beside that of what is inside.

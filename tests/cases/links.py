@@ -11,6 +11,7 @@ from tests.cases.expectations import (
 )
 
 _DION_STATIC = ("rank_fraction", "rank_multiple", "power_iterations", "seed")
+_KRON_STATIC = ("update_interval", "warmup_steps", "max_dim", "seed")
 
 CASES = [
     Case("scale_by_momentum", ox.scale_by_momentum, {"momentum": 0.9}),
@@ -232,6 +233,22 @@ CASES = [
         complex_supported=False,
         matrix_only=True,
         scope="block",
+    ),
+    *(
+        Case(
+            "scale_by_kron" + variant,
+            ox.scale_by_kron,
+            kwargs,
+            static_args=_KRON_STATIC,
+            multiplies_matrices=True,
+            complex_supported=False,
+            scope="block",
+        )
+        for variant, kwargs in {
+            "": {},
+            # One factor diagonal, or both.
+            "-max_dim": {"max_dim": 3, "max_update_rms": None},
+        }.items()
     ),
     *(
         Case(

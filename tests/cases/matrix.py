@@ -17,8 +17,9 @@ from tests.cases.expectations import (
     partition_branches,
     reference,
 )
-from tests.references import adaptive, classical, muon_family
+from tests.references import adaptive, classical, muon_family, psgd
 from tests.references.conventions import Array
+from tests.transforms.kron_runs import kron_noise
 
 _DEFAULT_ROWS = COEFFICIENT_TABLES["gram_newton_schulz"].rows
 _ADAMW_OF_MUON = reference(adaptive.adamw, b2=0.95, weight_decay=0.1)
@@ -27,6 +28,7 @@ _QR_RTOL = 1e-4
 # That of the reference is absolute, that of the library relative.
 _NO_EPS = {"eps": 0.0}
 _DION_STATIC = ("rank_fraction", "rank_multiple", "power_iterations", "seed")
+_KRON_STATIC = ("update_interval", "warmup_steps", "max_dim", "seed")
 # Jordan's table and norm are what the references know.
 _AS_PUBLISHED = {
     "ns_coeffs": "jordan",
@@ -57,6 +59,13 @@ def _dion(
         eps=0.0,
         **arguments,
     )
+
+
+def _kron(p: Array, grads: Any, *, fan_in: int, fan_out: int, **arguments: Any):
+    """The reference with the library's random numbers."""
+    grads = list(grads)
+    noise = kron_noise(p.shape, len(grads))
+    return psgd.kron(p, grads, noise, **arguments)
 
 
 def _matrix_row(name: str, factory: Any, kwargs: dict[str, Any], **more: Any) -> Case:
@@ -154,6 +163,20 @@ CASES = [
         oracle=matrix_oracle(
             _ADAMW_OF_MUON, _dion, rank_fraction=0.5, weight_decay=0.1
         ),
+    ),
+    *(
+        _matrix_row(
+            "kron" + variant,
+            ox.kron,
+            kwargs,
+            learning_rate=0.1,
+            static_args=_KRON_STATIC,
+            oracle=matrix_oracle(_ADAMW_OF_MUON, _kron, weight_decay=0.1, **theirs),
+        )
+        for variant, kwargs, theirs in (
+            ("", {}, {}),
+            ("-max_dim", {"max_dim": 1}, {"diagonal": (True, True)}),
+        )
     ),
     Case(
         "muon",

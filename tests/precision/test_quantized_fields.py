@@ -20,6 +20,7 @@ EXACT = {
     "adan": {"previous_grads"},  # the next gradient is subtracted from it
     "mars": {"previous_grads"},
     "dion": {"basis"},
+    "kron": {"factor_in", "factor_out"},
     "ranger": {"slow"},  # parameters
     "lookahead": {"slow"},
 }
