@@ -44,6 +44,7 @@ FACTORIES = {
     "adamuon": lambda rate: ox.adamuon(rate, **FLOAT32),
     "scion": lambda rate: ox.scion(rate, **FLOAT32),
     "dion": lambda rate: ox.dion(rate, rules=RULES),
+    "kron": lambda rate: ox.kron(rate, rules=RULES),
     "came": lambda rate: ox.came(rate, axes=AXES, min_dim_size_to_factor=1),
     "adafactor": lambda rate: ox.adafactor(rate, axes=AXES, min_dim_size_to_factor=1),
     "lamb": lambda rate: ox.lamb(rate, axes=AXES),
