@@ -57,7 +57,7 @@ def fit_factors(
     h = h + _DAMPING * jnp.mean(jnp.abs(h), axis=(-2, -1), keepdims=True) * v
     a = _times(right, _times(left, h).mT).mT
     b = _transposed_solve(right, _transposed_solve(left, v).mT).mT
-    # Only the ratio of A to B matters.
+    # Only the ratio of A to B matters: the largest entry of either becomes 1.
     largest_a, largest_b = _largest(a), _largest(b)
     ratio = size * (largest_a / largest_b)
     a = a * (jnp.minimum(ratio, 1.0) / _or_one(largest_a))
@@ -119,17 +119,15 @@ def _spectral_norm_bound(gram: jax.Array) -> jax.Array:
     """Lower bound for positive semi-definite matrices: two steps from a column.
 
     The column is the longest; power iterations never shrink the quotient of norms, so
-    the bound is at least its length.
+    the bound is at least its length. Entries have to be near 1.
     """
-    largest = _largest(gram)
-    gram = gram / _or_one(largest)
     lengths = jnp.sum(gram * gram, axis=-2, keepdims=True)
     index = jnp.argmax(lengths, axis=-1, keepdims=True)
     # A sum, not a gather: columns may be on several devices.
     chosen = lax.broadcasted_iota(index.dtype, gram.shape, gram.ndim - 1) == index
     column = jnp.sum(jnp.where(chosen, gram, 0.0), axis=-1, keepdims=True)
     direction = _product(gram, column)
-    return largest * _norm(_product(gram, direction / _or_one(_norm(direction))))
+    return _norm(_product(gram, direction / _norm(direction)))
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:

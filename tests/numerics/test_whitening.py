@@ -15,8 +15,10 @@ SHAPE = (6, 4)
 KINDS = [(False, False), (False, True), (True, False), (True, True)]
 each_kind = pytest.mark.parametrize("diagonal", KINDS)
 
-fit_factors = jax.jit(whitening.fit_factors)
-precondition = jax.jit(whitening.precondition)
+# Compiling takes longer than running.
+_FAST = {"xla_backend_optimization_level": 0}
+fit_factors = jax.jit(whitening.fit_factors, compiler_options=_FAST)
+precondition = jax.jit(whitening.precondition, compiler_options=_FAST)
 
 
 def factors(diagonal=(False, False), seed: int = 0, dtype="float32"):
