@@ -21,6 +21,8 @@ from tests.transforms.kron_runs import (
 )
 
 STEPS = 10
+# What compiles another program of a kind that another test has compiled.
+slow = pytest.mark.slow
 # Refreshes in steps 1, 2, 4, 8, 12, ...
 QUICK = {"warmup_steps": 2, "update_interval": 4, "interval_growth": 0.3}
 
@@ -32,9 +34,16 @@ QUICK = {"warmup_steps": 2, "update_interval": 4, "interval_growth": 0.3}
     ("shape", "arguments", "theirs"),
     [
         ((6, 4), {}, {}),
-        ((6, 4), {"max_dim": 5}, {"diagonal": (True, False)}),
-        ((4, 6), {"max_dim": 5, "b1": 0.0}, {"diagonal": (False, True), "b1": 0.0}),
-        (
+        pytest.param(
+            *((6, 4), {"max_dim": 5}, {"diagonal": (True, False)}), marks=slow
+        ),
+        pytest.param(
+            (4, 6),
+            {"max_dim": 5, "b1": 0.0},
+            {"diagonal": (False, True), "b1": 0.0},
+            marks=slow,
+        ),
+        pytest.param(
             (6, 4),
             {"max_dim": 1, "init_scale": 0.1, "preconditioner_learning_rate": 0.5},
             {
@@ -42,6 +51,7 @@ QUICK = {"warmup_steps": 2, "update_interval": 4, "interval_growth": 0.3}
                 "init_scale": 0.1,
                 "preconditioner_learning_rate": 0.5,
             },
+            marks=slow,
         ),
         (
             (4, 6),
@@ -162,6 +172,7 @@ def test_all_leaves_are_fitted_in_one_branch():
 # Invariances
 
 
+@slow
 def test_transpose():
     # V has the shape of the matrix, fan_in first, however it is stored.
     grads = gradients((6, 4), steps=3)
@@ -172,6 +183,7 @@ def test_transpose():
         assert_trees_close(ours, theirs.T, rtol=2e-6)
 
 
+@slow
 def test_axes_are_flattened_and_the_batch_may_stand_anywhere():
     shapes = (3, 2, 3, 4)  # A window of 3×2, three kernels, four outputs.
     grads = gradients(shapes, steps=2)
@@ -219,6 +231,7 @@ def test_splits_have_factors_of_their_own():
         assert not right[..., size:, :].any()
 
 
+@slow
 def test_vectors_are_matrices_of_one_row():
     vectors = gradients({"b": (5,), "s": ()}, steps=3)
     updates, states = follow(vectors)
@@ -234,7 +247,7 @@ def test_vectors_are_matrices_of_one_row():
 # What it does
 
 
-@pytest.mark.parametrize("size", [1e-12, 1e12])
+@pytest.mark.parametrize("size", [1e-12, pytest.param(1e12, marks=slow)])
 def test_the_scale_of_the_gradient_is_forgotten(size: float):
     tx = ox.scale_by_kron(b1=0.5, max_update_rms=None)
     g = np.float32(size) * normal((400, 4, 3), seed=0)

@@ -53,7 +53,9 @@ def test_factors_start_from_the_identity():
     np.testing.assert_array_equal(scaled.factor_in, 0.5 * np.eye(2))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_low_precision_gradients_are_computed_in_float32(dtype: str):
     grads = [g.astype(jnp.dtype(dtype)) for g in gradients((6, 4), steps=2)]
     updates, states = follow(grads)
@@ -73,6 +75,7 @@ def test_bfloat16_state():
     assert_trees_close(updates, exact, rtol=16 * 2**-9)
 
 
+@pytest.mark.slow
 def test_the_seed_decides():
     grads = gradients((6, 4), steps=1)
     ours, _ = follow(grads)
@@ -143,7 +146,9 @@ def test_sides_that_do_not_divide_stay_whole():
     assert state.factor_out.sharding.spec == P(None, None)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit]
+)
 def test_many_devices_agree_with_one(kind):
     mesh = jax.make_mesh((2, 4), ("x", "y"), (kind,) * 2)
     tx = ox.scale_by_kron(axes=MATRIX)
@@ -213,6 +218,7 @@ def test_empty_none_and_masked_leaves_pass():
     assert_trees_equal(after.factor_in, start(params, axes=STACK).factor_in)
 
 
+@pytest.mark.slow
 def test_hyperparameters_change_without_compiling():
     tx = optax.inject_hyperparams(
         ox.scale_by_kron,
