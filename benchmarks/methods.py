@@ -255,6 +255,14 @@ METHODS = (
         "ill-conditioned problems: rows and columns whitened, mixtures included",
         "memory counts: factors of both sides; the first 500 steps refresh every time",
     ),
+    Method(
+        "apollo(rank=1)",
+        ox.apollo(0.1, rank=1, scaling="tensor", scale=128.0),
+        arxiv("2412.05270"),
+        "no state to speak of for matrices: APOLLO-Mini; rank=256 with a factor for "
+        "each channel is APOLLO",
+        "AdamW's or Muon's state is affordable: here is no momentum",
+    ),
 )
 
 # Around an optimizer or a direction; the state beside that of what is inside.

@@ -16,6 +16,7 @@ from optaxplus.optimizers.curvature import sophia
 from optaxplus.optimizers.dion import dion
 from optaxplus.optimizers.factored import adafactor, came
 from optaxplus.optimizers.layerwise import lamb, lars
+from optaxplus.optimizers.low_rank import apollo
 from optaxplus.optimizers.muon import muon
 from optaxplus.optimizers.muon_variants import adamuon, normuon
 from optaxplus.optimizers.psgd import kron
@@ -85,6 +86,7 @@ from optaxplus.transforms.dion import ScaleByDionState, scale_by_dion
 from optaxplus.transforms.factored import FactoredRmsState, factored_rms
 from optaxplus.transforms.hessian_estimates import gauss_newton_bartlett, hutchinson
 from optaxplus.transforms.layerwise import scale_by_param_rms, trust_ratio
+from optaxplus.transforms.low_rank import ScaleByApolloState, scale_by_apollo
 from optaxplus.transforms.momentum import (
     ScaleByEmaState,
     ScaleByMomentumState,
@@ -136,6 +138,7 @@ __all__ = [
     "ScaleByAdanState",
     "ScaleByAdemamixState",
     "ScaleByAdoptState",
+    "ScaleByApolloState",
     "ScaleByConfidenceState",
     "ScaleByDionState",
     "ScaleByEmaState",
@@ -159,6 +162,7 @@ __all__ = [
     "ademamix",
     "adopt",
     "amsgrad",
+    "apollo",
     "came",
     "cautious",
     "centralize",
@@ -210,6 +214,7 @@ __all__ = [
     "scale_by_adan",
     "scale_by_ademamix",
     "scale_by_adopt",
+    "scale_by_apollo",
     "scale_by_confidence",
     "scale_by_dion",
     "scale_by_ema",

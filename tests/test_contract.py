@@ -128,8 +128,17 @@ def test_moments_are_stored_as_asked(case: Case) -> None:
     assert_same_types(state, tx.init(params))
     for path, leaf in trees.leaves_with_paths(state):
         # Muon's AdamW has no argument for its second moment; a fallback has its own.
-        # Scalars of the whole tree, slow parameters, bases and factors are no moments.
-        others = ("inner_states/adamw", "mu_product", "slow", "basis", "factor_")
+        # Scalars of the whole tree, slow parameters and what belongs to a side of a
+        # matrix or to all of it are no moments.
+        others = (
+            "inner_states/adamw",
+            "mu_product",
+            "slow",
+            "basis",
+            "root_",
+            "factor_",
+            "last_norm",
+        )
         if leaf.dtype != jnp.int32 and not any(other in path for other in others):
             assert leaf.dtype == jnp.bfloat16, path
     # The arithmetic, and so the update, stays float32.

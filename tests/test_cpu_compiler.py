@@ -57,6 +57,7 @@ WITHOUT_TEMPORARIES = {
     "radam": ox.radam(0.1, weight_decay=0.1),
     "ademamix": ox.ademamix(0.1, alpha_warmup=9.0, b3_warmup=9.0, weight_decay=0.1),
     "adam_mini": ox.adam_mini(0.1, weight_decay=0.1),
+    "apollo-mini": ox.apollo(0.1, rank=1, scaling="tensor", scale=128.0),
     "lion": ox.lion(0.1),
     "clipped-lion": clipped(ox.lion(0.1)),
     "signum": ox.signum(0.1, weight_decay=0.1),

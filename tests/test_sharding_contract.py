@@ -91,9 +91,11 @@ def expected_specs(case: Case, tx: optax.GradientTransformation, state: Any) -> 
         )
         if is_reduced:
             return remaining_spec(spec, leaf.shape)
-        # Bases and factors of a side are sharded as it is: here all sides of 8 are,
-        # the longer ones, and no other.
-        return P("data") if leaf.shape[:1] == (8,) else P()
+        # What lies along a side is sharded as it is: here all that is has length 8, and
+        # of two such axes the first one is that side's.
+        lengths = list(leaf.shape)
+        rows = lengths.index(8) if 8 in lengths else len(lengths)
+        return P(*(None,) * rows, *("data",) * (rows < len(lengths)))
 
     return optax.tree_map_params(
         tx,

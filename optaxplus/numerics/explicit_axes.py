@@ -37,7 +37,8 @@ def left_to_compiler(
       *arrays: On an Explicit mesh or not; without one `function` is just called.
       shardings: A pytree of `NamedSharding`s for the results; None: a tuple of those
         of `arrays`.
-      **arguments: Hyper-parameters, traced or not, and whatever else is no array.
+      **arguments: Hyper-parameters, traced or not, and whatever else is no array; or
+        lists of nothing but arrays that are the same on every device.
     """
     types = [jax.typeof(x).sharding for x in arrays]
     mesh = next((s.mesh for s in types if explicit_axes(s.mesh)), None)
@@ -50,9 +51,9 @@ def left_to_compiler(
     )
     results = given if shardings is None else shardings
     # What is traced has to come in as an argument, where its type is changed.
-    traced = {k: v for k, v in arguments.items() if isinstance(v, jax.Array)}
+    traced = {k: v for k, v in arguments.items() if _holds_arrays(v)}
 
-    def inside(traced: dict[str, jax.Array], *arrays: jax.Array) -> Any:
+    def inside(traced: dict[str, Any], *arrays: jax.Array) -> Any:
         return function(*arrays, **(arguments | traced))
 
     # Axes that are Manual, within a jax.shard_map over some, stay so.
@@ -60,3 +61,8 @@ def left_to_compiler(
         inside, axes=explicit_axes(mesh), out_sharding=results
     )
     return compiled(traced, *arrays)
+
+
+def _holds_arrays(argument: Any) -> bool:
+    leaves = jax.tree.leaves(argument)
+    return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)

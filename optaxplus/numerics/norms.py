@@ -14,6 +14,7 @@ __all__ = [
     "block_mean",
     "block_norm",
     "block_rms",
+    "euclidean_norm",
     "mean_square",
     "mix_square",
     "or_one",
@@ -96,6 +97,15 @@ def block_rms(x: jax.Array, axes: MatrixAxes) -> jax.Array:
     Arguments and result as in `block_norm`.
     """
     return jnp.sqrt(reduce_blocks(mean_square, x, axes))
+
+
+def euclidean_norm(x: jax.Array, over: tuple[int, ...]) -> jax.Array:
+    """Norm of a real array over axes kept at size 1; 0 where they are empty.
+
+    Relative to the largest entry, so that no square under- or overflows.
+    """
+    size = or_one(jnp.max(jnp.abs(x), axis=over, keepdims=True, initial=0.0))
+    return size * jnp.sqrt(jnp.sum(jnp.square(x / size), axis=over, keepdims=True))
 
 
 def or_one(norm: jax.Array) -> jax.Array:

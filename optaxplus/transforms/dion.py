@@ -35,7 +35,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
@@ -43,11 +42,11 @@ from optaxplus.numerics.explicit_axes import left_to_compiler
 from optaxplus.numerics.hyperparameters import as_decay_rate
 from optaxplus.numerics.matrix_axes import (
     MatrixAxes,
-    block_axes,
     from_matrices,
     split_columns,
     to_matrices,
 )
+from optaxplus.numerics.matrix_sides import split_shapes, zeros_along
 from optaxplus.transforms.orthogonalized import matrix_axes_of
 
 __all__ = ["ScaleByDionState", "scale_by_dion"]
@@ -67,14 +66,6 @@ class ScaleByDionState(NamedTuple):
     basis: PyTree  # (*batch axes, shorter side, rank): Q
 
 
-def _matrix_shapes(axes: MatrixAxes, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(fan_in, fan_out) of each split."""
-    fan_in, fan_out = (
-        math.prod(shape[axis] for axis in side) for side in (axes.fan_in, axes.fan_out)
-    )
-    return [(fan_in, width) for width in axes.splits or (fan_out,)]
-
-
 def _fill_rows(matrices: jax.Array, rows: int) -> jax.Array:
     """Zeros below, up to `rows` rows."""
     missing = rows - matrices.shape[-2]
@@ -86,34 +77,6 @@ def _unit_columns(side: int, rank: int, seed: int) -> jax.Array:
     key = jax.random.key(seed, impl="threefry2x32")
     columns = jax.random.normal(key, (side, rank), jnp.float32)
     return columns / jnp.linalg.norm(columns, axis=0, keepdims=True)
-
-
-def _placed_zeros(
-    param: jax.Array, axes: MatrixAxes, *, is_on_fan_in: bool
-) -> jax.Array:
-    """Zeros (*batch, rows or 1, 1), sharded as the parameter is on batch and rows.
-
-    The rows of a basis are fan_in or fan_out; fan_out cut into splits counts as none.
-    """
-    over = axes.fan_out if is_on_fan_in else axes.fan_in
-    over += () if is_on_fan_in or not axes.splits else axes.fan_out
-    zeros = jnp.zeros_like(param, dtype=trees.compute_dtype(param.dtype))
-    zeros = jnp.sum(zeros, axis=over, keepdims=True)
-    sharding = jax.typeof(zeros).sharding
-    spec = (*sharding.spec, *(None,) * (zeros.ndim - len(sharding.spec)))
-    batch = [entry for a, entry in enumerate(spec) if a not in block_axes(axes)]
-    first, *others = [
-        spec[axis] for axis in (axes.fan_in if is_on_fan_in else axes.fan_out)
-    ]
-    # Of several axes the first one may stay sharded if no other is.
-    rows = None if any(others) else first
-
-    def viewed(zeros: jax.Array) -> jax.Array:
-        matrices = to_matrices(zeros, axes)
-        return matrices if is_on_fan_in else matrices.mT
-
-    placed = NamedSharding(sharding.mesh, PartitionSpec(*batch, rows, None))
-    return left_to_compiler(viewed, zeros, shardings=placed)
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -304,11 +267,15 @@ def scale_by_dion(
         return min(side, rank_multiple * multiples)
 
     def init_basis(param: jax.Array, leaf_axes: MatrixAxes) -> jax.Array:
-        shapes = _matrix_shapes(leaf_axes, param.shape)
+        shapes = split_shapes(leaf_axes, param.shape)
         sides = [min(shape) for shape in shapes]
         columns = [_unit_columns(side, rank_of(side), seed) for side in sides]
         basis = jnp.concatenate([_fill_rows(q, max(sides)) for q in columns], axis=-1)
-        zeros = _placed_zeros(param, leaf_axes, is_on_fan_in=max(sides) == shapes[0][0])
+        # fan_out cut into splits is no side.
+        fan_out = () if leaf_axes.splits else leaf_axes.fan_out
+        side = leaf_axes.fan_in if max(sides) == shapes[0][0] else fan_out
+        dtype = trees.compute_dtype(param.dtype)
+        zeros = zeros_along(param, leaf_axes, side, dtype)
         batch = [1] * (zeros.ndim - basis.ndim)
         return zeros + basis.astype(zeros.dtype).reshape(*batch, *basis.shape)
 
@@ -328,7 +295,7 @@ def scale_by_dion(
         def leaf(
             g: jax.Array, mu: jax.Array, basis: jax.Array, leaf_axes: MatrixAxes
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            shapes = _matrix_shapes(leaf_axes, g.shape)
+            shapes = split_shapes(leaf_axes, g.shape)
             return left_to_compiler(
                 _dion_leaf,
                 *(g, mu, basis),

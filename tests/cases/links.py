@@ -12,6 +12,12 @@ from tests.cases.expectations import (
 
 _DION_STATIC = ("rank_fraction", "rank_multiple", "power_iterations", "seed")
 _KRON_STATIC = ("update_interval", "warmup_steps", "max_dim", "seed")
+_APOLLO = {
+    "static_args": ("rank", "update_interval", "seed"),
+    "complex_supported": False,
+    "matrix_only": True,
+    "scope": "block",
+}
 
 CASES = [
     Case("scale_by_momentum", ox.scale_by_momentum, {"momentum": 0.9}),
@@ -233,6 +239,19 @@ CASES = [
         complex_supported=False,
         matrix_only=True,
         scope="block",
+    ),
+    Case("scale_by_apollo", ox.scale_by_apollo, **_APOLLO),
+    Case(
+        "scale_by_apollo-mini",
+        ox.scale_by_apollo,
+        {"rank": 1, "scaling": "tensor", "scale": 128.0},
+        **_APOLLO,
+    ),
+    Case(
+        "scale_by_apollo-unlimited",
+        ox.scale_by_apollo,
+        {"rank": 2, "max_norm_growth": None, "update_interval": 1},
+        **_APOLLO,
     ),
     *(
         Case(

@@ -17,9 +17,10 @@ from tests.cases.expectations import (
     partition_branches,
     reference,
 )
-from tests.references import adaptive, classical, muon_family, psgd
+from tests.references import adaptive, classical, low_rank, muon_family, psgd
 from tests.references.conventions import Array
 from tests.transforms.kron_runs import kron_noise
+from tests.transforms.projections import projection
 
 _DEFAULT_ROWS = COEFFICIENT_TABLES["gram_newton_schulz"].rows
 _ADAMW_OF_MUON = reference(adaptive.adamw, b2=0.95, weight_decay=0.1)
@@ -29,6 +30,7 @@ _QR_RTOL = 1e-4
 _NO_EPS = {"eps": 0.0}
 _DION_STATIC = ("rank_fraction", "rank_multiple", "power_iterations", "seed")
 _KRON_STATIC = ("update_interval", "warmup_steps", "max_dim", "seed")
+_APOLLO_STATIC = ("rank", "update_interval", "seed")
 # Jordan's table and norm are what the references know.
 _AS_PUBLISHED = {
     "ns_coeffs": "jordan",
@@ -66,6 +68,38 @@ def _kron(p: Array, grads: Any, *, fan_in: int, fan_out: int, **arguments: Any):
     grads = list(grads)
     noise = kron_noise(p.shape, len(grads))
     return psgd.kron(p, grads, noise, **arguments)
+
+
+def _apollo(
+    p: Array,
+    grads: Any,
+    *,
+    rank: int = 256,
+    fan_in: int,
+    fan_out: int,
+    **arguments: Any,
+):
+    """The reference with the library's projection, of the first interval."""
+    del fan_in, fan_out
+    # The table's trajectories run op by op.
+    matrix = projection(rank, min(p.shape), compiled=False)
+    return low_rank.apollo(p, grads, lambda _: matrix, **arguments)
+
+
+def _apollo_row(name: str, kwargs: dict[str, Any], **more: Any) -> Case:
+    return Case(
+        name,
+        ox.apollo,
+        kwargs,
+        static_args=_APOLLO_STATIC,
+        needs_params=True,
+        complex_supported=False,
+        scope="block",
+        zero_gradient=decay_of(0.1),
+        branches=partition_branches("muon", "adamw"),
+        oracle=matrix_oracle(_ADAMW_OF_MUON, _apollo, weight_decay=0.1, **kwargs),
+        **more,
+    )
 
 
 def _matrix_row(name: str, factory: Any, kwargs: dict[str, Any], **more: Any) -> Case:
@@ -177,6 +211,13 @@ CASES = [
             ("", {}, {}),
             ("-max_dim", {"max_dim": 1}, {"diagonal": (True, True)}),
         )
+    ),
+    _apollo_row("apollo", {}, learning_rate=0.2),
+    _apollo_row("apollo-rank", {"rank": 2}, learning_rate=0.2),
+    _apollo_row(
+        "apollo-mini",
+        {"rank": 1, "scaling": "tensor", "scale": 128.0},
+        learning_rate=0.1,
     ),
     Case(
         "muon",

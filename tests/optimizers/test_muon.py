@@ -260,7 +260,9 @@ def test_decay_does_not_see_the_shape_scale():
     [ox.decay_mask, {"w": True, "b": False, "wte": True}],
     ids=["function", "tree"],
 )
-@pytest.mark.parametrize("factory", [ox.muon, ox.normuon, ox.adamuon, ox.dion, ox.kron])
+@pytest.mark.parametrize(
+    "factory", [ox.muon, ox.normuon, ox.adamuon, ox.dion, ox.kron, ox.apollo]
+)
 def test_masked_parameters_do_not_decay(factory, mask):
     zeros = jax.tree.map(jnp.zeros_like, GRADS)
     params, _ = follow(factory(0.1, weight_decay=0.5, mask=mask), PARAMS, zeros)
@@ -270,7 +272,9 @@ def test_masked_parameters_do_not_decay(factory, mask):
         assert_trees_close(params[key][-1], 0.95**5 * PARAMS[key], rtol=1e-6)
 
 
-@pytest.mark.parametrize("factory", [ox.muon, ox.normuon, ox.adamuon, ox.dion, ox.kron])
+@pytest.mark.parametrize(
+    "factory", [ox.muon, ox.normuon, ox.adamuon, ox.dion, ox.kron, ox.apollo]
+)
 def test_the_form_of_the_decay_reaches_both_groups(factory):
     zeros = jax.tree.map(jnp.zeros_like, GRADS)
     tx = factory(0.1, weight_decay=0.01, decay="independent")

@@ -45,6 +45,7 @@ FACTORIES = {
     "scion": lambda rate: ox.scion(rate, **FLOAT32),
     "dion": lambda rate: ox.dion(rate, rules=RULES),
     "kron": lambda rate: ox.kron(rate, rules=RULES),
+    "apollo": lambda rate: ox.apollo(rate, rank=4, rules=RULES),
     "came": lambda rate: ox.came(rate, axes=AXES, min_dim_size_to_factor=1),
     "adafactor": lambda rate: ox.adafactor(rate, axes=AXES, min_dim_size_to_factor=1),
     "lamb": lambda rate: ox.lamb(rate, axes=AXES),
