@@ -249,6 +249,20 @@ METHODS = (
         "speed: on CPUs its QR takes longer than all of Muon's products",
     ),
     Method(
+        "shampoo",
+        ox.shampoo(0.1, max_dim=4096),
+        arxiv("1802.09568", "2309.06497"),
+        "matrices whose rows and columns are correlated; AdamW's learning rates",
+        "memory counts, or a simpler method of its kind will do: Muon",
+    ),
+    Method(
+        "soap",
+        ox.soap(0.1),
+        arxiv("2409.11321"),
+        "large batches: the fewest steps of its kind, with AdamW's learning rates",
+        "memory counts; a QR decomposition of both sides every ten steps is too much",
+    ),
+    Method(
         "kron",
         ox.kron(0.1),
         arxiv("1512.04202", "2402.11858"),

@@ -15,6 +15,7 @@ from optaxplus.optimizers.classical import adagrad, rmsprop, sgd
 from optaxplus.optimizers.curvature import sophia
 from optaxplus.optimizers.dion import dion
 from optaxplus.optimizers.factored import adafactor, came
+from optaxplus.optimizers.kronecker import shampoo, soap
 from optaxplus.optimizers.layerwise import lamb, lars
 from optaxplus.optimizers.low_rank import apollo
 from optaxplus.optimizers.muon import muon
@@ -105,7 +106,9 @@ from optaxplus.transforms.orthogonalized import (
     scale_by_matrix_shape,
 )
 from optaxplus.transforms.psgd import ScaleByKronState, scale_by_kron
+from optaxplus.transforms.shampoo import ScaleByShampooState, scale_by_shampoo
 from optaxplus.transforms.sign import ScaleByLionState, scale_by_lion, scale_by_sign
+from optaxplus.transforms.soap import ScaleBySoapState, scale_by_soap
 from optaxplus.transforms.variance_reduction import MarsCorrectionState, mars_correction
 from optaxplus.transforms.weight_decay import DescendState, decay_mask, descend
 
@@ -148,6 +151,8 @@ __all__ = [
     "ScaleByNadamState",
     "ScaleByRadamState",
     "ScaleByRmspropState",
+    "ScaleByShampooState",
+    "ScaleBySoapState",
     "ScaleBySophiaState",
     "ScaleByStableAdamState",
     "accumulate",
@@ -227,13 +232,17 @@ __all__ = [
     "scale_by_param_rms",
     "scale_by_radam",
     "scale_by_rmsprop",
+    "scale_by_shampoo",
     "scale_by_sign",
+    "scale_by_soap",
     "scale_by_sophia",
     "scale_by_stable_adam",
     "scion",
     "sgd",
+    "shampoo",
     "signum",
     "skipped_steps",
+    "soap",
     "sophia",
     "stable_adamw",
     "stacked",

@@ -52,6 +52,8 @@ class Case:
             for ten steps in float64, from which the start is subtracted.
         twin: Learning rate -> the optax transformation that does the same.
         branches: State -> which branches it shows to have been taken, by name.
+        by_default: Whether tests that compile something for every row run it without
+            `-m slow`; not where a named optimizer's row does all that a link does.
         is_wide: Whether it emits float32 whatever the gradient's dtype; None: as links
             do, and named optimizers do not.
     """
@@ -76,6 +78,7 @@ class Case:
     torch_rtol: float = 1e-9
     twin: Callable[[Any], optax.GradientTransformation] | None = None
     branches: Callable[[Any], Mapping[str, bool]] | None = None
+    by_default: bool = True
     is_wide: bool | None = None
 
     def __str__(self) -> str:

@@ -53,14 +53,17 @@ CASES = [*LINKS, *NAMED]
 def variants_are_slow(cases: Sequence[Case]) -> list[Any]:
     """Parameters of a test that compiles whole updates, which takes a second a row.
 
-    The first row of every factory is run by default, the others with `-m slow`.
+    The first row of every factory is run by default, unless it says that it is not; the
+    others with `-m slow`.
     """
     factories = [case.factory for case in cases]
     return [
         pytest.param(
             case,
             id=case.name,
-            marks=[pytest.mark.slow] if case.factory in factories[:index] else [],
+            marks=[]
+            if case.by_default and case.factory not in factories[:index]
+            else [pytest.mark.slow],
         )
         for index, case in enumerate(cases)
     ]

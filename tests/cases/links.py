@@ -240,6 +240,28 @@ CASES = [
         matrix_only=True,
         scope="block",
     ),
+    *(
+        Case(
+            name + variant,
+            factory,
+            kwargs,
+            static_args=("update_interval", "max_dim", "b2", "b3"),
+            multiplies_matrices=True,
+            complex_supported=False,
+            scope="block",
+            by_default=False,
+            silent_steps=silent,
+            rtol=1e-3,
+        )
+        for name, factory, silent in (
+            ("scale_by_soap", ox.scale_by_soap, 1),
+            ("scale_by_shampoo", ox.scale_by_shampoo, 0),
+        )
+        for variant, kwargs in (
+            ("", {}),
+            ("-often", {"update_interval": 1, "max_dim": 3, "large_dims": "diagonal"}),
+        )
+    ),
     Case("scale_by_apollo", ox.scale_by_apollo, **_APOLLO),
     Case(
         "scale_by_apollo-mini",
@@ -261,6 +283,7 @@ CASES = [
             static_args=_KRON_STATIC,
             multiplies_matrices=True,
             complex_supported=False,
+            by_default=False,
             scope="block",
         )
         for variant, kwargs in {

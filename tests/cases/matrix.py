@@ -17,7 +17,14 @@ from tests.cases.expectations import (
     partition_branches,
     reference,
 )
-from tests.references import adaptive, classical, low_rank, muon_family, psgd
+from tests.references import (
+    adaptive,
+    classical,
+    kronecker,
+    low_rank,
+    muon_family,
+    psgd,
+)
 from tests.references.conventions import Array
 from tests.transforms.kron_runs import kron_noise
 from tests.transforms.projections import projection
@@ -26,10 +33,16 @@ _DEFAULT_ROWS = COEFFICIENT_TABLES["gram_newton_schulz"].rows
 _ADAMW_OF_MUON = reference(adaptive.adamw, b2=0.95, weight_decay=0.1)
 # QR loses as many digits as M·Q has condition; measured: 2.4e-5.
 _QR_RTOL = 1e-4
+# Eigenvectors turn by the rounding error over the distance of their eigenvalues, and
+# Adam divides small coordinates by themselves.
+_EIGENBASIS_RTOL = 1e-4
+# Eigenvalues at eps=1e-6 have one digit; what they are multiplied with has few.
+_ROOT_RTOL = 1e-3
 # That of the reference is absolute, that of the library relative.
 _NO_EPS = {"eps": 0.0}
 _DION_STATIC = ("rank_fraction", "rank_multiple", "power_iterations", "seed")
 _KRON_STATIC = ("update_interval", "warmup_steps", "max_dim", "seed")
+_KRONECKER_STATIC = ("update_interval", "max_dim", "b2", "b3")
 _APOLLO_STATIC = ("rank", "update_interval", "seed")
 # Jordan's table and norm are what the references know.
 _AS_PUBLISHED = {
@@ -210,6 +223,54 @@ CASES = [
         for variant, kwargs, theirs in (
             ("", {}, {}),
             ("-max_dim", {"max_dim": 1}, {"diagonal": (True, True)}),
+        )
+    ),
+    *(
+        _matrix_row(
+            "soap" + variant,
+            ox.soap,
+            kwargs,
+            learning_rate=0.1,
+            silent_steps=1,
+            static_args=_KRONECKER_STATIC,
+            rtol=_EIGENBASIS_RTOL,
+            oracle=matrix_oracle(
+                _ADAMW_OF_MUON, kronecker.soap, weight_decay=0.1, **kwargs
+            ),
+        )
+        for variant, kwargs in (
+            ("", {}),
+            ("-often", {"update_interval": 2, "max_dim": 4, "b3": 0.9}),
+        )
+    ),
+    *(
+        _matrix_row(
+            "shampoo" + variant,
+            ox.shampoo,
+            kwargs,
+            learning_rate=0.1,
+            static_args=_KRONECKER_STATIC,
+            rtol=_ROOT_RTOL,
+            oracle=matrix_oracle(
+                _ADAMW_OF_MUON,
+                kronecker.shampoo,
+                weight_decay=0.1,
+                **{k: x for k, x in kwargs.items() if k != "large_dims"},
+            ),
+        )
+        for variant, kwargs in (
+            ("", {}),
+            (
+                "-sums",
+                {
+                    "b1": 0.0,
+                    "b2": 1.0,
+                    "update_interval": 1,
+                    "grafting": None,
+                    "max_dim": 4,
+                    "large_dims": "diagonal",
+                },
+            ),
         )
     ),
     _apollo_row("apollo", {}, learning_rate=0.2),

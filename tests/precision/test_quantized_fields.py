@@ -21,6 +21,8 @@ EXACT = {
     "mars": {"previous_grads"},
     "dion": {"basis"},
     "kron": {"factor_in", "factor_out"},
+    "soap": {"factor_in", "factor_out", "basis_in", "basis_out"},
+    "shampoo": {"factor_in", "factor_out", "root_in", "root_out"},
     "ranger": {"slow"},  # parameters
     "lookahead": {"slow"},
 }

@@ -1,0 +1,268 @@
+"""Inverse roots and eigenbases of symmetric positive semi-definite matrices.
+
+Inverse p-th roots A^(-1/p), where eigenvalues do not go below ε·‖A‖, of the Frobenius
+norm, in one of two ways:
+
+    eigh      A = Q·diag(λ)·Qᵀ,  Q·diag(max(λ, ε·‖A‖)^(-1/p))·Qᵀ
+    newton    the coupled iteration, of products alone, for A + ε·‖A‖·I:
+              M₀ = z·A,  X₀ = z^(1/p)·I,  z = (p + 1)/(2·‖A‖)
+              T = ((p + 1)·I - M)/p;  X <- X·T;  M <- Tᵖ·M         X -> A^(-1/p)
+
+Eigenbases, by decomposition or by a step of orthogonal iteration from a basis that is
+near already: the columns in descending order of qᵢᵀ·A·qᵢ, then Q <- qr(A·Q + τ·‖A‖₂·Q).
+
+What a sum of G·Gᵀ knows of directions that G never had is rounding error, another one
+on every machine. Its inverse root would be larger than all others: ε is above it. Its
+eigenvectors would be any: those below τ are chosen by the coordinates (`eigenbasis`)
+and stay as they are in an iteration.
+
+Sources: Guo and Higham, A Schur-Newton method for the matrix p-th root and its inverse
+(2006), equation 3.6, the coupled form of Iannazzo; Anil et al., Scalable second order
+optimization for deep learning, arXiv 2002.09018, on ε relative to the matrix; Vyas et
+al., SOAP, arXiv 2409.11321, Algorithm 4 on the orthogonal iteration.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optaxplus import validation
+from optaxplus.numerics.explicit_axes import left_to_compiler
+from optaxplus.numerics.hyperparameters import Scalar
+
+__all__ = [
+    "ROOT_METHODS",
+    "eigenbasis",
+    "in_groups",
+    "inverse_root",
+    "next_eigenbasis",
+    "product",
+    "second_moment",
+]
+
+ROOT_METHODS = ("eigh", "newton")
+
+# Steps of Newton's iteration from where it converges quadratically, 1 - 1/p, to the
+# last digit of float64.
+_QUADRATIC_STEPS = 7
+
+
+def product(left: jax.Array, right: jax.Array) -> jax.Array:
+    """The matrix product, of float32 operands that no accelerator rounds."""
+    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
+
+
+def second_moment(x: jax.Array) -> jax.Array:
+    """x·xᵀ of (..., m, n), as if no entry were above 2^50 where one is (float32).
+
+    The direction of such a matrix counts, its size does not; squares do not overflow.
+    """
+    limit = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2 - 14)
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0)
+    x = x * jnp.where(largest > limit, limit / largest, 1.0)
+    return product(x, x.mT)
+
+
+def inverse_root(
+    x: jax.Array, order: int, *, eps: Scalar = 1e-6, method: str = "eigh"
+) -> jax.Array:
+    """Approximates x^(-1/order) for symmetric positive semi-definite matrices.
+
+    Args:
+      x: Shape (..., n, n), real floating point; symmetric, eigenvalues >= 0 up to
+        rounding. Leading axes are a batch.
+      order: p >= 1. Static.
+      eps: Smallest eigenvalue relative to the Frobenius norm; "eigh" raises smaller
+        ones to it, "newton" adds it to all. >= 0; near the rounding of the dtype,
+        1.2e-7 for float32, or below it, roots of singular matrices depend on rounding.
+        Static for "newton", which does as many steps as it asks for.
+      method: "eigh", by eigenvalues, or "newton", by products, which accelerators are
+        made for; its error grows with the condition number, in float32 to about 1e-3
+        of the largest entry at eps=1e-6. Static.
+
+    Returns:
+      The roots, in the shape and dtype of `x` (float32 for narrower ones). A zero
+      matrix gives zeros, one with a NaN or an infinity NaN throughout.
+
+    Raises:
+      TypeError: If `x` is not real floating point, or an argument has a wrong type.
+      ValueError: If `x` is no batch of square matrices, or an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxplus.numerics import inverse_root
+      >>> print(inverse_root(jnp.diag(jnp.array([16.0, 81.0])), 4, eps=0.0).round(3))
+      [[0.5   0.   ]
+       [0.    0.333]]
+    """
+    name = "inverse_root"
+    validation.check_int(name, minimum=1, order=order)
+    validation.check_choice(name, "method", method, ROOT_METHODS)
+    validation.check_non_negative(name, eps=eps)
+    if method == "newton":
+        validation.check_static_margin(name, eps=eps)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{name}: x of dtype {x.dtype} is not allowed; it must be real floating "
+            "point."
+        )
+    if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
+        raise ValueError(
+            f"{name}: x of shape {x.shape} is not allowed; its last two axes must be "
+            "those of a square matrix."
+        )
+    if not x.size:
+        return x
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    function = _root_by_eigenvalues if method == "eigh" else _root_by_products
+    (root,) = left_to_compiler(lambda x: (_scaled(function, x, order, eps),), wide)
+    return root
+
+
+def _scaled(function: Callable, x: jax.Array, order: int, eps: Scalar) -> jax.Array:
+    """function((x/‖x‖), order, eps), scaled back; what to do where there is no norm."""
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    is_finite = jnp.isfinite(largest)
+    divisor = jnp.where(is_finite & (largest > 0), largest, 1.0)
+    y = jnp.where(is_finite, x / divisor, 0.0)
+    norm = jnp.linalg.norm(y, axis=(-2, -1), keepdims=True)
+    unit = jnp.where(norm > 0, y / jnp.where(norm > 0, norm, 1.0), _identity(x))
+    root = function(unit, order, eps)
+    # Two powers, as the product of both numbers may be out of range.
+    root = root * divisor ** (-1 / order) * jnp.where(norm > 0, norm, 1) ** (-1 / order)
+    return jnp.where(is_finite, jnp.where(norm > 0, root, 0.0), jnp.nan)
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    identity = jnp.eye(x.shape[-1], dtype=x.dtype)
+    return identity.reshape((1,) * (x.ndim - 2) + identity.shape)
+
+
+def _root_by_eigenvalues(x: jax.Array, order: int, eps: Scalar) -> jax.Array:
+    values, vectors = jnp.linalg.eigh(x)
+    # Without eps, what rounding made 0 or less counts as rounding.
+    values = jnp.maximum(values, jnp.maximum(eps, jnp.finfo(x.dtype).eps))
+    return product(vectors * values[..., None, :] ** (-1 / order), vectors.mT)
+
+
+def _root_by_products(x: jax.Array, order: int, eps: float) -> jax.Array:
+    identity = _identity(x)
+    least = max(eps, float(jnp.finfo(x.dtype).eps))
+    shift = (order + 1) / (2 * (1 + least))
+    # T multiplies small eigenvalues by 1 + 1/p.
+    growth = order * math.log1p(1 / order)
+    steps = math.ceil(math.log(1 / least) / growth) + _QUADRATIC_STEPS
+
+    def step(_: int, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        m, root = pair
+        t = ((order + 1) * identity - m) / order
+        return product(_power(t, order), m), product(root, t)
+
+    start = shift * (x + least * identity), shift ** (1 / order) * identity + 0 * x
+    _, root = lax.fori_loop(0, steps, step, start)
+    return (root + root.mT) / 2
+
+
+def _power(x: jax.Array, exponent: int) -> jax.Array:
+    """x^exponent, by squaring."""
+    if exponent == 1:
+        return x
+    half = _power(x, exponent // 2)
+    square = product(half, half)
+    return product(square, x) if exponent % 2 else square
+
+
+def eigenbasis(x: jax.Array) -> jax.Array:
+    """Eigenvectors of symmetric matrices as columns, largest eigenvalues first.
+
+    Those of eigenvalues that are 0 up to rounding are the eigenvectors of diag(1, …, ½)
+    in the space that is left to them; of a zero matrix, the identity.
+
+    Args:
+      x: Shape (..., n, n), float32 or float64, eigenvalues >= 0. NaN and infinities
+        give NaN.
+    """
+    if not x.size:
+        return x
+    is_finite = jnp.isfinite(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
+    values, vectors = _descending(jnp.where(is_finite, x, 0.0))
+    is_known = (values > _rounding(x) * values[..., :1])[..., None, :]
+    known = jnp.where(is_known, vectors, 0.0)
+    span = product(known, known.mT)
+    rest = _identity(x) - span
+    ramp = jnp.linspace(1.0, 0.5, x.shape[-1], dtype=x.dtype)
+    ramp = ramp.reshape((1,) * (x.ndim - 1) + ramp.shape)
+    _, others = _descending(2.0 * span + product(rest * ramp, rest))
+    return jnp.where(is_finite, jnp.where(is_known, vectors, others), jnp.nan)
+
+
+def _descending(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values, vectors = jnp.linalg.eigh(x)
+    return jnp.flip(values, axis=-1), jnp.flip(vectors, axis=-1)
+
+
+def _rounding(x: jax.Array) -> float:
+    """τ: what rounding makes of a zero eigenvalue, relative to the largest."""
+    return 4 * math.sqrt(x.shape[-1]) * float(jnp.finfo(x.dtype).eps)
+
+
+def next_eigenbasis(x: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One orthogonal iteration: (a basis nearer to that of `eigenbasis`, order).
+
+    Args:
+      x: Shape (..., n, n), symmetric, eigenvalues >= 0.
+      basis: The same shape: orthonormal columns.
+
+    Returns:
+      The new basis and, of shape (..., n), which column of the old one each of its
+      columns comes from.
+    """
+    if not x.size:
+        return basis, jnp.zeros(x.shape[:-1], jnp.int32)
+    turned = product(x, basis)
+    values = jnp.sum(basis * turned, axis=-2, keepdims=True)
+    largest = jnp.max(values, axis=-1, keepdims=True)
+    turned += _rounding(x) * jnp.where(largest > 0, largest, 1.0) * basis
+    order = jnp.argsort(values, axis=-1, descending=True)
+    columns = jnp.take_along_axis(turned, order, axis=-1)
+    return jnp.linalg.qr(columns)[0], order[..., 0, :]
+
+
+def in_groups(
+    function: Callable[..., tuple[jax.Array, ...]], *lists: Sequence[jax.Array]
+) -> list[tuple[jax.Array, ...]]:
+    """Calls `function` with batches of square matrices, all of one size at once.
+
+    Decompositions take long to compile on accelerators; those of one size share one.
+
+    Args:
+      function: Maps arrays (count, n, n), one of each list, to arrays (count, ...).
+      *lists: Arrays (..., n, n), of the same shapes in every list.
+
+    Returns:
+      What `function` returns for each entry of the lists, in their batch axes.
+    """
+    groups: dict[int, list[int]] = {}
+    for index, x in enumerate(lists[0]):
+        groups.setdefault(x.shape[-1], []).append(index)
+    results: list[tuple[jax.Array, ...]] = [()] * len(lists[0])
+    for size, members in groups.items():
+        batches = [lists[0][index].shape[:-2] for index in members]
+        stacks = [
+            jnp.concatenate(
+                [
+                    xs[i].reshape(math.prod(b), size, size)
+                    for i, b in zip(members, batches, strict=True)
+                ]
+            )
+            for xs in lists
+        ]
+        ends = list(itertools.accumulate(map(math.prod, batches)))[:-1]
+        parts = [jnp.split(y, ends) for y in function(*stacks)]
+        for index, batch, *own in zip(members, batches, *parts, strict=True):
+            results[index] = tuple(y.reshape(batch + y.shape[1:]) for y in own)
+    return results
