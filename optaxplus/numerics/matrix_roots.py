@@ -33,11 +33,14 @@ from jax import lax
 from optaxplus import validation
 from optaxplus.numerics.explicit_axes import left_to_compiler
 from optaxplus.numerics.hyperparameters import Scalar
+from optaxplus.numerics.newton_schulz import largest_entry, power_of_two
+from optaxplus.numerics.norms import or_one
 
 __all__ = [
     "ROOT_METHODS",
     "eigenbasis",
     "in_groups",
+    "in_turn_on_cpus",
     "inverse_root",
     "next_eigenbasis",
     "product",
@@ -81,8 +84,8 @@ def inverse_root(
         1.2e-7 for float32, or below it, roots of singular matrices depend on rounding.
         Static for "newton", which does as many steps as it asks for.
       method: "eigh", by eigenvalues, or "newton", by products, which accelerators are
-        made for; its error grows with the condition number, in float32 to about 1e-3
-        of the largest entry at eps=1e-6. Static.
+        made for. With both the error grows with the condition number, in float32 to
+        about a hundredth of the largest entry at eps=1e-6. Static.
 
     Returns:
       The roots, in the shape and dtype of `x` (float32 for narrower ones). A zero
@@ -115,25 +118,26 @@ def inverse_root(
             f"{name}: x of shape {x.shape} is not allowed; its last two axes must be "
             "those of a square matrix."
         )
-    if not x.size:
-        return x
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if not x.size:
+        return wide
     function = _root_by_eigenvalues if method == "eigh" else _root_by_products
     (root,) = left_to_compiler(lambda x: (_scaled(function, x, order, eps),), wide)
     return root
 
 
 def _scaled(function: Callable, x: jax.Array, order: int, eps: Scalar) -> jax.Array:
-    """function((x/‖x‖), order, eps), scaled back; what to do where there is no norm."""
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    """function(x/‖x‖, order, eps), scaled back; what to do where there is no norm."""
+    largest = largest_entry(x)
     is_finite = jnp.isfinite(largest)
-    divisor = jnp.where(is_finite & (largest > 0), largest, 1.0)
-    y = jnp.where(is_finite, x / divisor, 0.0)
+    # The reciprocal of what is above 2^126 is no normal number.
+    scale = jnp.maximum(power_of_two(largest), jnp.finfo(x.dtype).tiny)
+    y = jnp.where(is_finite, x * scale, 0.0)
     norm = jnp.linalg.norm(y, axis=(-2, -1), keepdims=True)
-    unit = jnp.where(norm > 0, y / jnp.where(norm > 0, norm, 1.0), _identity(x))
+    unit = jnp.where(norm > 0, y / or_one(norm), _identity(x))
     root = function(unit, order, eps)
     # Two powers, as the product of both numbers may be out of range.
-    root = root * divisor ** (-1 / order) * jnp.where(norm > 0, norm, 1) ** (-1 / order)
+    root = root * scale ** (1 / order) * or_one(norm) ** (-1 / order)
     return jnp.where(is_finite, jnp.where(norm > 0, root, 0.0), jnp.nan)
 
 
@@ -266,3 +270,24 @@ def in_groups(
         for index, batch, *own in zip(members, batches, *parts, strict=True):
             results[index] = tuple(y.reshape(batch + y.shape[1:]) for y in own)
     return results
+
+
+def in_turn_on_cpus(
+    function: Callable[..., tuple[jax.Array, ...]],
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """`function` of stacks, on CPUs of one entry after the other.
+
+    jaxlib 0.10 hands a batch of decompositions to threads that may all be waiting, for
+    the threads of another batch or in collectives, and waits with them for ever.
+    """
+
+    def in_turn(*stacks: jax.Array) -> tuple[jax.Array, ...]:
+        if not len(stacks[0]):
+            return function(*stacks)
+        return lax.map(
+            lambda xs: tuple(y[0] for y in function(*(x[None] for x in xs))), stacks
+        )
+
+    return lambda *stacks: lax.platform_dependent(
+        *stacks, cpu=in_turn, default=function
+    )

@@ -253,7 +253,7 @@ def _to_owners(
         for key, x in stacks.items():
             if axis in routes[key].rows + routes[key].columns:
                 if axis in routes[key].owners:
-                    parts[key] = x.reshape(sizes[axis], -1, *x.shape[1:])
+                    parts[key] = _cut(x, 0, sizes[axis])
             elif axis in routes[key].owners:
                 stacks[key] = _own(x, (axis,), sizes)
         for key, x in _all_to_all(parts, axis).items():
@@ -278,8 +278,7 @@ def _from_owners(
                 continue
             if axis in rows + columns:
                 side = 1 if axis in rows else 2
-                cut = (*x.shape[:side], size, -1, *x.shape[side + 1 :])
-                parts[key] = jnp.moveaxis(x.reshape(cut), side, 0)
+                parts[key] = jnp.moveaxis(_cut(x, side, size), side, 0)
             else:
                 stacks[key] = lax.all_gather(x, axis, axis=0, tiled=True)
         for key, x in _all_to_all(parts, axis).items():
@@ -292,9 +291,10 @@ def _all_to_all(parts: Stacks, axis: str) -> Stacks:
     results = {}
     for dtype in {x.dtype for x in parts.values()}:
         some = {key: x for key, x in parts.items() if x.dtype == dtype}
-        flat = jnp.concatenate([x.reshape(len(x), -1) for x in some.values()], axis=1)
+        rows = [x.reshape(len(x), x.size // len(x)) for x in some.values()]
+        flat = jnp.concatenate(rows, axis=1)
         flat = lax.all_to_all(flat, axis, split_axis=0, concat_axis=0, tiled=True)
-        ends = list(itertools.accumulate(x.size // len(x) for x in some.values()))
+        ends = list(itertools.accumulate(row.shape[1] for row in rows))
         for (key, x), part in zip(
             some.items(), jnp.split(flat, ends[:-1], axis=1), strict=True
         ):
@@ -302,9 +302,16 @@ def _all_to_all(parts: Stacks, axis: str) -> Stacks:
     return results
 
 
+def _cut(x: jax.Array, axis: int, parts: int) -> jax.Array:
+    """Two axes in place of one, the first of size `parts`."""
+    size = x.shape[axis] // parts
+    return x.reshape(*x.shape[:axis], parts, size, *x.shape[axis + 1 :])
+
+
 def _merged(x: jax.Array, axis: int) -> jax.Array:
     """One axis in place of two."""
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    size = x.shape[axis] * x.shape[axis + 1]
+    return x.reshape(*x.shape[:axis], size, *x.shape[axis + 2 :])
 
 
 def _padded(x: jax.Array, multiple: int) -> jax.Array:
@@ -312,7 +319,9 @@ def _padded(x: jax.Array, multiple: int) -> jax.Array:
 
 
 def _stacked(arrays: Sequence[jax.Array]) -> jax.Array:
-    return jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in arrays])
+    return jnp.concatenate(
+        [x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in arrays]
+    )
 
 
 def _unstacked(
@@ -337,46 +346,26 @@ def _own(x: jax.Array, axes: Names, sizes: Mapping[str, int]) -> jax.Array:
 
 
 def shared(
-    function: Callable[..., tuple[jax.Array, ...]], copies: Names | None
+    function: Callable[..., tuple[jax.Array, ...]], copies: Names
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """`function` of what all devices along some mesh axes have, each doing a share.
 
     Args:
       function: Maps stacks (count, ...) to stacks (count, ...), one by one.
-      copies: The mesh axes, as inside of a `jax.shard_map`; None outside of any.
+      copies: The mesh axes, as inside of a `jax.shard_map`; () for none.
     """
-    if copies is None:
+    if not copies:
         return function
 
     def share(*stacks: jax.Array) -> tuple[jax.Array, ...]:
+        if not stacks[0].size:
+            return function(*stacks)
         sizes = {axis: lax.axis_size(axis) for axis in copies}
         devices = _devices(copies, sizes)
-        count = len(stacks[0])
-        if devices > 1:
-            stacks = tuple(_own(_padded(x, devices), copies, sizes) for x in stacks)
-        results = lax.platform_dependent(
-            *stacks, cpu=_one_by_one(function), default=function
+        mine = [_own(_padded(x, devices), copies, sizes) for x in stacks]
+        return tuple(
+            lax.all_gather(y, copies, axis=0, tiled=True)[: len(stacks[0])]
+            for y in function(*mine)
         )
-        if devices > 1:
-            results = tuple(
-                lax.all_gather(y, copies, axis=0, tiled=True)[:count] for y in results
-            )
-        return results
 
     return share
-
-
-def _one_by_one(function: Callable) -> Callable:
-    """A loop in place of a batch.
-
-    jaxlib hands a batch of decompositions to threads that may all be waiting, in
-    collectives, for the simulated devices that do not get one for it.
-    """
-
-    def in_turn(*stacks: jax.Array) -> tuple[jax.Array, ...]:
-        if not len(stacks[0]):
-            return function(*stacks)
-        results = lax.map(lambda xs: function(*(x[None] for x in xs)), stacks)
-        return tuple(_merged(y, 0) for y in results)
-
-    return in_turn

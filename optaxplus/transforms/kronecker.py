@@ -3,7 +3,7 @@
     L ≈ E[G·Gᵀ]  of fan_in,  R ≈ E[Gᵀ·G]  of fan_out          for each matrix G
 
 A side above `max_dim` is cut into tiles (`large_dims="tiles"`) or keeps the diagonal of
-its factor alone (`"diagonal"`). A vector has the factor of fan_out alone.
+its factor alone (`"diagonal"`). A vector has the factor of fan_out alone, or none.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,9 +79,15 @@ def check_max_dim(name: str, max_dim: Any, large_dims: Any) -> None:
 
 
 def sides_of(
-    name: str, axes: Axes, tree: PyTree, max_dim: int, large_dims: str
+    name: str,
+    axes: Axes,
+    tree: PyTree,
+    max_dim: int,
+    large_dims: str,
+    *,
+    has_vectors: bool,
 ) -> list[Sides]:
-    """The sides of every leaf of a tree.
+    """The sides of every leaf of a tree; whether vectors have factors is said.
 
     Raises:
       ValueError: If a side cannot be cut evenly, with its path.
@@ -108,7 +114,9 @@ def sides_of(
             fan_in, fan_out = (
                 "full" if size <= max_dim else "diagonal" for size in tiling.size
             )
-            kinds.append((fan_in if own.fan_in else "none", fan_out))
+            if not own.fan_in:
+                fan_in, fan_out = "none", fan_out if has_vectors else "none"
+            kinds.append((fan_in, fan_out))
         results.append(Sides(own, leaf.shape, tilings, tuple(kinds)))
     return results
 
@@ -255,7 +263,7 @@ def _on_one_device(
     def function(*arrays: jax.Array, **arguments: Any) -> tuple[jax.Array, ...]:
         leaves = jax.tree.unflatten(form, arrays)
         tiles = [_tiles(x, own, fields) for x, own in zip(leaves, sides, strict=True)]
-        results = iter(work(list(chain(*tiles)), copies=None, **arguments))
+        results = iter(work(list(chain(*tiles)), copies=(), **arguments))
         back = [
             _untiled(list(islice(results, len(own.tilings))), x, own, fields)
             for x, own in zip(leaves, sides, strict=True)

@@ -43,6 +43,7 @@ from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.matrix_roots import (
     ROOT_METHODS,
     in_groups,
+    in_turn_on_cpus,
     inverse_root,
     product,
     second_moment,
@@ -156,12 +157,12 @@ def _refreshed(
     debias: Scalar,
     eps: jax.Array,
     *,
-    copies: tuple[str, ...] | None,
+    copies: tuple[str, ...],
     root_order: int | None,
     method: str,
     margin: float | None,
 ) -> list[_Leaf]:
-    """The leaves, with new roots if they are due; ε is the static `margin`, or `eps`."""
+    """The leaves, with new roots if they are due; ε is `margin`, or `eps` if None."""
 
     def roots(leaves: list[_Leaf]) -> list[_Leaf]:
         return _roots(
@@ -178,7 +179,7 @@ def _refreshed(
 
 def _roots(
     leaves: list[_Leaf],
-    copies: tuple[str, ...] | None,
+    copies: tuple[str, ...],
     *,
     root_order: int | None,
     method: str,
@@ -208,7 +209,7 @@ def _roots(
             if order_of(leaf) == order and is_full(leaf[3 + side])
         ]
         factors: list[Any] = [leaves[i][3 + side] for i, side in keys]
-        roots = in_groups(shared(root, copies), factors)
+        roots = in_groups(shared(in_turn_on_cpus(root), copies), factors)
         results |= {key: y for key, (y,) in zip(keys, roots, strict=True)}
 
     def of(i: int, leaf: _Leaf, side: int) -> jax.Array | None:
@@ -265,7 +266,7 @@ def _shampoo(
     leaves: list[_Leaf],
     *,
     is_due: jax.Array,
-    copies: tuple[str, ...] | None,
+    copies: tuple[str, ...],
     b1: Scalar,
     b2_old: Scalar,
     b2_new: Scalar,
@@ -344,7 +345,7 @@ def scale_by_shampoo(
 
     Args:
       b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the factors, in [0, 1], or 1 for sums. Static if 1.
+      b2: Decay rate of the factors, in [0, 1), or 1 for sums. Static if 1.
       b3: Decay rate of the mean square of grafting "adam", in [0, 1).
       eps: Smallest eigenvalue of a factor, relative to its Frobenius norm, see
         `optaxplus.numerics.inverse_root`. >= 0. Static for `root_method="newton"`.
@@ -371,10 +372,12 @@ def scale_by_shampoo(
       `optax.inject_hyperparams` pass `static_args=("update_interval", "max_dim")`, and
       "root_order" if it is given, "b2" if it is 1, "eps" with "newton".
 
-      Without grafting the scale of the gradients does not matter for b2 < 1. A zero
-      gradient leaves the update of the mean. Where the products of a gradient with
-      itself overflow float32 (entries above about 1e19) the matrix is NaN from the next
-      refresh on, as where it is not finite.
+      Without grafting the scale of the gradients does not matter for b2 < 1, as long as
+      their largest entries are between about 1e-18 and 1e15: below, the factors are 0
+      and so is the update; above, they do not grow any more, and the update does. A
+      zero gradient leaves the update of the mean. Where squares overflow (entries above
+      about 1e19) that of grafting "adam" and "adagrad" is 0 from then on. Where a
+      gradient is not finite its matrix is NaN from then on.
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not real floating
@@ -421,7 +424,7 @@ def scale_by_shampoo(
     def init_fn(params: PyTree) -> ScaleByShampooState:
         trees.check_floating(name, params, real=True)
         check_specs(name, placement, params)
-        sides = sides_of(name, axes, params, max_dim, large_dims)
+        sides = sides_of(name, axes, params, max_dim, large_dims, has_vectors=True)
         factors = [init_side(params, sides, side, _FIELDS.kinds) for side in (0, 1)]
         has_nu = grafting in ("adagrad", "adam")
         return ScaleByShampooState(
@@ -444,7 +447,7 @@ def scale_by_shampoo(
             _Leaf,
             _FIELDS,
             (jax.tree.map(trees.widen, updates), *state[1:]),
-            sides_of(name, axes, updates, max_dim, large_dims),
+            sides_of(name, axes, updates, max_dim, large_dims, has_vectors=True),
             placement,
             is_due=state.count % update_interval == 0,
             b1=b1,

@@ -37,6 +37,7 @@ from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.matrix_roots import (
     eigenbasis,
     in_groups,
+    in_turn_on_cpus,
     next_eigenbasis,
     product,
     second_moment,
@@ -134,10 +135,11 @@ def _adam_in_bases(
     )
 
 
-def _first_bases(leaves: list[_Leaf], copies: tuple[str, ...] | None) -> list[_Leaf]:
+def _first_bases(leaves: list[_Leaf], copies: tuple[str, ...]) -> list[_Leaf]:
     """The eigenvectors of all factors; mu and nu are zero."""
     factors = [x for leaf in leaves for x in leaf[3:5] if x is not None]
-    bases = iter(in_groups(shared(lambda x: (eigenbasis(x),), copies), factors))
+    function = in_turn_on_cpus(lambda x: (eigenbasis(x),))
+    bases = iter(in_groups(shared(function, copies), factors))
 
     def of(factor: jax.Array | None) -> jax.Array | None:
         return None if factor is None else next(bases)[0]
@@ -148,11 +150,12 @@ def _first_bases(leaves: list[_Leaf], copies: tuple[str, ...] | None) -> list[_L
     ]
 
 
-def _next_bases(leaves: list[_Leaf], copies: tuple[str, ...] | None) -> list[_Leaf]:
+def _next_bases(leaves: list[_Leaf], copies: tuple[str, ...]) -> list[_Leaf]:
     """The bases one iteration further, mu and nu in them."""
     factors = [x for leaf in leaves for x in leaf[3:5] if x is not None]
     bases = [x for leaf in leaves for x in leaf[5:7] if x is not None]
-    results = iter(in_groups(shared(next_eigenbasis, copies), factors, bases))
+    function = shared(in_turn_on_cpus(next_eigenbasis), copies)
+    results = iter(in_groups(function, factors, bases))
 
     def turned(leaf: _Leaf) -> _Leaf:
         mu, nu = leaf.mu.astype(leaf.update.dtype), leaf.nu
@@ -174,7 +177,7 @@ def _next_bases(leaves: list[_Leaf], copies: tuple[str, ...] | None) -> list[_Le
 # Compiled by itself so that an update outside of `jax.jit` compiles it only once.
 @partial(jax.jit, static_argnames="copies", inline=True)
 def _refreshed(
-    turn: jax.Array, leaves: list[_Leaf], copies: tuple[str, ...] | None
+    turn: jax.Array, leaves: list[_Leaf], copies: tuple[str, ...]
 ) -> list[_Leaf]:
     """0: the bases stay; 1: an iteration; 2: a decomposition."""
     branches = [
@@ -190,7 +193,7 @@ def _soap(
     *,
     is_due: jax.Array,
     is_first: jax.Array,
-    copies: tuple[str, ...] | None,
+    copies: tuple[str, ...],
     **arguments: Any,
 ) -> list[_Leaf]:
     """One step of all leaves."""
@@ -219,9 +222,9 @@ def scale_by_soap(
     the second step on.
 
     State: 8 bytes per parameter, and 8·n² for each side of n <= max_dim: 24 bytes per
-    parameter in all for square matrices, 25 for those four times as long as wide... A
-    step costs six products with a side, of 2·m·n·(m + n) operations for each pair; a
-    refresh one product, one QR decomposition and one small product a side.
+    parameter in all for square matrices, 42 for those four times as long as wide. A
+    step costs six products, three with each side; a refresh three products and a QR
+    decomposition a side, the first step two decompositions into eigenvectors.
 
     Args:
       b1: Decay rate of the mean, in [0, 1).
@@ -233,8 +236,7 @@ def scale_by_soap(
       large_dims: What becomes of larger sides: "diagonal" leaves them as they are (the
         eigenbasis of a diagonal factor), "tiles" cuts them into equal tiles of at most
         `max_dim`, each a matrix of its own. Static.
-      axes: Matrix axes, see `optaxplus.custom_types`. Splits are matrices of their own;
-        where their widths differ, they are cut into equal tiles.
+      axes: Matrix axes, see `optaxplus.custom_types`. Splits are matrices of their own.
       mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of the mean square. Static.
       placement: Which device does the work, see `optaxplus.custom_types`. Static.
@@ -244,9 +246,9 @@ def scale_by_soap(
       `optax.inject_hyperparams` pass
       `static_args=("b3", "update_interval", "max_dim")`; leave out "b3" if it is given.
 
-      A zero gradient leaves the update of Adam's mean. Where the products of a gradient
-      with itself overflow float32 (entries above about 1e19) the matrix is NaN from
-      then on, as where it is not finite.
+      A zero gradient leaves the update of Adam's mean. Where the squares of a rotated
+      gradient overflow float32 (entries above about 1e19) the update is 0 from then on,
+      as with Adam; where a gradient is not finite its matrix is NaN from then on.
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not real floating
@@ -279,7 +281,7 @@ def scale_by_soap(
     def init_fn(params: PyTree) -> ScaleBySoapState:
         trees.check_floating(name, params, real=True)
         check_specs(name, placement, params)
-        sides = sides_of(name, axes, params, max_dim, large_dims)
+        sides = sides_of(name, axes, params, max_dim, large_dims, has_vectors=False)
         factors = [init_side(params, sides, side, _FIELDS.kinds) for side in (0, 1)]
         return ScaleBySoapState(
             jnp.zeros([], jnp.int32),
@@ -301,7 +303,7 @@ def scale_by_soap(
             _Leaf,
             _FIELDS,
             (jax.tree.map(trees.widen, updates), *state[1:]),
-            sides_of(name, axes, updates, max_dim, large_dims),
+            sides_of(name, axes, updates, max_dim, large_dims, has_vectors=False),
             placement,
             is_due=state.count % update_interval == 0,
             is_first=state.count == 0,
