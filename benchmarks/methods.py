@@ -275,7 +275,7 @@ METHODS = (
         arxiv("2412.05270"),
         "no state to speak of for matrices: APOLLO-Mini; rank=256 with a factor for "
         "each channel is APOLLO",
-        "AdamW's or Muon's state is affordable: here is no momentum",
+        "AdamW's or Muon's state is affordable: it has no momentum",
     ),
 )
 

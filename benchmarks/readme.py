@@ -32,6 +32,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 MATRIX = {"dense": {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}}
 
 
+# Transformations of a loss, not of gradients.
+ESTIMATES = {"gauss_newton_bartlett", "hutchinson"}
+
+
 def methods_table() -> str:
     """One row per optimizer and wrapper, with the measured bytes of state."""
     around = {method.name for method in WRAPPERS}
@@ -45,7 +49,7 @@ def methods_table() -> str:
         *_table("wrapper", WRAPPERS),
         "",
         "The links behind them, for chains of your own: "
-        f"{_names(lambda name: name not in around)}.",
+        f"{_names(lambda name: name not in around and name not in ESTIMATES)}.",
         "",
         "What optax has in good form stays there, and is tested to work inside and "
         "around what is here:",

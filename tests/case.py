@@ -53,7 +53,8 @@ class Case:
         twin: Learning rate -> the optax transformation that does the same.
         branches: State -> which branches it shows to have been taken, by name.
         by_default: Whether tests that compile something for every row run it without
-            `-m slow`; not where a named optimizer's row does all that a link does.
+            `-m slow`; not where it compiles much that another row, or a test of its
+            own, compiles too.
         is_wide: Whether it emits float32 whatever the gradient's dtype; None: as links
             do, and named optimizers do not.
     """

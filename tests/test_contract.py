@@ -27,7 +27,6 @@ from tests.cases import CASES, LINKS, NAMED, Case, variants_are_slow
 from tests.trajectories import run
 
 DTYPES = ("float32", "bfloat16", "mixed")  # float16 among the mixed
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_factory = pytest.mark.parametrize("case", variants_are_slow(CASES))
 
 
@@ -318,7 +317,7 @@ def test_integer_parameters_are_refused_by_path(case: Case) -> None:
         case.make().init(params)
 
 
-@each_case
+@each_factory
 def test_params_are_needed_where_the_table_says_so(case: Case) -> None:
     params, (grads,) = params_and_gradients(case, 1)
     tx = case.make()

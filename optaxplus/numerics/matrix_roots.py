@@ -38,6 +38,7 @@ from optaxplus.numerics.norms import or_one
 
 __all__ = [
     "ROOT_METHODS",
+    "diagonal_of_second_moment",
     "eigenbasis",
     "in_groups",
     "in_turn_on_cpus",
@@ -64,10 +65,19 @@ def second_moment(x: jax.Array) -> jax.Array:
 
     The direction of such a matrix counts, its size does not; squares do not overflow.
     """
-    limit = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2 - 14)
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0)
-    x = x * jnp.where(largest > limit, limit / largest, 1.0)
+    x = _bounded(x)
     return product(x, x.mT)
+
+
+def diagonal_of_second_moment(x: jax.Array) -> jax.Array:
+    """The diagonal of `second_moment`, as a column (..., m, 1)."""
+    return jnp.sum(jnp.square(_bounded(x)), axis=-1, keepdims=True)
+
+
+def _bounded(x: jax.Array) -> jax.Array:
+    limit = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2 - 14)
+    largest = largest_entry(x)
+    return x * jnp.where(largest > limit, limit / largest, 1.0)
 
 
 def inverse_root(
@@ -250,11 +260,11 @@ def in_groups(
     Returns:
       What `function` returns for each entry of the lists, in their batch axes.
     """
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, jnp.dtype], list[int]] = {}
     for index, x in enumerate(lists[0]):
-        groups.setdefault(x.shape[-1], []).append(index)
+        groups.setdefault((x.shape[-1], x.dtype), []).append(index)
     results: list[tuple[jax.Array, ...]] = [()] * len(lists[0])
-    for size, members in groups.items():
+    for (size, _), members in groups.items():
         batches = [lists[0][index].shape[:-2] for index in members]
         stacks = [
             jnp.concatenate(

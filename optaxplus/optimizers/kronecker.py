@@ -48,8 +48,8 @@ def shampoo(
     With grafting "adam", the default, every step has the size of Adam's, and AdamW's
     learning rate and weight decay fit. Parameters that are no hidden matrices go to
     AdamW, as with `optaxplus.muon`. State of an m×n matrix below `max_dim`:
-    8 + 8·(m/n + n/m) bytes per parameter, 24 if it is square; look at
-    `optaxplus.report.memory_report` before you allocate it. 8 elsewhere.
+    8 + 8·(m/n + n/m) bytes per parameter, 24 if it is square; ask
+    `optaxplus.memory_report` before you allocate it. 8 elsewhere.
 
         Gupta et al.           b1=0.0, b2=1.0, update_interval=1, grafting=None
         Distributed Shampoo    b1=0.9, b2=1.0, update_interval=1, grafting=None
@@ -177,8 +177,7 @@ def soap(
     learning rates fit. The first gradient makes the bases of the matrices, which do not
     move in that step. Parameters that are no hidden matrices go to AdamW, as with
     `optaxplus.muon`. State of an m×n matrix: 8 + 8·(m/n + n/m) bytes per parameter, 24
-    if it is square; look at `optaxplus.report.memory_report` before you allocate it. 8
-    elsewhere.
+    if it is square; ask `optaxplus.memory_report` before you allocate it. 8 elsewhere.
 
     nikhilvyas/SOAP is learning_rate=3e-3, weight_decay=0.01, with every parameter of
     two axes in its rules and decay after the step. Theirs gives vectors to Adam too,

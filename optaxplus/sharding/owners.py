@@ -12,8 +12,8 @@ Matrices of one shape are shared out evenly over the mesh axes that cut them. Al
 others everything is repeated, and so is the rule, but for what is done once in a while:
 that is `shared` out over them.
 
-A stack with as many matrices as devices keeps its factors whole, as every device is to
-own them (`Lies.factor`), and they are never moved.
+A stack whose matrices divide evenly among the devices keeps its factors whole, on their
+owners (`Lies.factor`); they never move.
 """
 
 import itertools
@@ -289,7 +289,8 @@ def _from_owners(
 def _all_to_all(parts: Stacks, axis: str) -> Stacks:
     """Row i of every array goes to the i-th device, all of one dtype together."""
     results = {}
-    for dtype in {x.dtype for x in parts.values()}:
+    # In an order that is the same in every process.
+    for dtype in dict.fromkeys(x.dtype for x in parts.values()):
         some = {key: x for key, x in parts.items() if x.dtype == dtype}
         rows = [x.reshape(len(x), x.size // len(x)) for x in some.values()]
         flat = jnp.concatenate(rows, axis=1)

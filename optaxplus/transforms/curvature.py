@@ -121,7 +121,7 @@ def scale_by_sophia(
       A transformation with state `ScaleBySophiaState`; emits float32 with entries in
       [-1, 1]. Under `optax.inject_hyperparams` pass
       `static_args=("update_interval", "first_refresh")`. Zero gradients give zeros.
-      Where an estimate is infinite the update is 0 from then on. NaN in a gradient or
+      Where an estimate is +infinity the update is 0 from then on. NaN in a gradient or
       an estimate makes its entry NaN from then on; an infinite gradient makes it ±1,
       or NaN if the estimate is infinite too.
 
@@ -150,7 +150,7 @@ def scale_by_sophia(
     name = "scale_by_sophia"
     validation.check_decay_rate(name, b1=b1, b2=b2)
     validation.check_non_negative(name, gamma=gamma)
-    validation.check_epsilon(name, eps=eps)
+    validation.check_positive(name, eps=eps)
     validation.check_int(name, minimum=1, update_interval=update_interval)
     validation.check_int(name, minimum=0, first_refresh=first_refresh)
     validation.check_flag(name, debias=debias)
@@ -260,7 +260,8 @@ def _called(hessian: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
             "scale_by_sophia: the function hessian failed on a part of the parameters, "
             "the rest masked by optax.masked or optax.partition. Let it ignore its "
             "argument and take all of them from outside, hessian=lambda _: "
-            "estimate(params), or pass the pytree hessian=estimate(params)."
+            "estimate(params), or pass the pytree hessian=estimate(params). The error: "
+            f"{error}"
         ) from error
 
 

@@ -4,8 +4,10 @@
 
 A side above `max_dim` is cut into tiles (`large_dims="tiles"`) or keeps the diagonal of
 its factor alone (`"diagonal"`). A vector has the factor of fan_out alone, or none.
+Factors of splits of several widths are filled up with zeros to the widest.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxplus import trees, validation
@@ -147,11 +150,19 @@ def init_side(
             return optax.MaskedNode()
         dtype = trees.compute_dtype(param.dtype)
         sharding = jax.typeof(param).sharding
-        if not explicit_axes(sharding.mesh):
+        is_typed = bool(explicit_axes(sharding.mesh))
+        if not is_typed:
+            # What is not traced says how it lies also on a mesh with Auto axes.
+            is_traced = isinstance(param, Tracer)
+            sharding = None if is_traced else getattr(param, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
             return jnp.zeros(shape, dtype)
         sizes = {n: s for n, s in sharding.mesh.shape.items() if s > 1}
-        spec = _factor_spec(own, sharding.spec, side, shape[-1], sizes)
-        return jnp.zeros(shape, dtype, out_sharding=NamedSharding(sharding.mesh, spec))
+        spec = _factor_spec(own, sharding.spec, side, shape, sizes)
+        placed = NamedSharding(sharding.mesh, spec)
+        if is_typed:
+            return jnp.zeros(shape, dtype, out_sharding=placed)
+        return jnp.zeros(shape, dtype, device=placed)
 
     leaves, structure = jax.tree.flatten(params)
     return structure.unflatten(
@@ -160,12 +171,19 @@ def init_side(
 
 
 def _factor_spec(
-    own: Sides, spec: PartitionSpec, side: int, width: int, mesh: dict[str, int]
+    own: Sides,
+    spec: PartitionSpec,
+    side: int,
+    shape: tuple[int, ...],
+    mesh: dict[str, int],
 ) -> PartitionSpec:
     place = lies(_whole(own), spec, mesh)
-    if len(own.tilings) > 1:
-        return PartitionSpec(*(names or None for names in place.batch))
-    return place.factor(side, width, mesh)
+    if len(own.tilings) == 1:
+        return place.factor(side, shape[-1], mesh)
+    rows = place.rows + place.columns
+    if shape[-2] % math.prod(mesh[name] for name in rows):
+        rows = ()
+    return PartitionSpec(*(names or None for names in (*place.batch, rows)), None)
 
 
 def _whole(own: Sides) -> Tiling:
@@ -230,6 +248,11 @@ def on_matrices(
         for row in zip(*columns, strict=True)
     ]
     found = where(name, placement, arrays[0])
+    if found is not None and found.comm_dtype is not None:
+        raise ValueError(
+            f"{name}: placement.comm_dtype={found.comm_dtype!r} is not allowed; what "
+            "belongs to a matrix is moved as it is stored. Leave it None."
+        )
     if not leaves:
         results = leaves
     elif found is None:

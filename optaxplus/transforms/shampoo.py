@@ -42,6 +42,7 @@ from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.matrix_roots import (
     ROOT_METHODS,
+    diagonal_of_second_moment,
     in_groups,
     in_turn_on_cpus,
     inverse_root,
@@ -110,7 +111,7 @@ def _second_moment(g: jax.Array, side: int, *, is_diagonal: bool) -> jax.Array:
     """G·Gᵀ for fan_in, Gᵀ·G for fan_out, or its diagonal as a column."""
     rows = g if side == 0 else g.mT
     if is_diagonal:
-        return jnp.sum(rows * rows, axis=-1, keepdims=True)
+        return diagonal_of_second_moment(rows)
     return second_moment(rows)
 
 
@@ -143,7 +144,7 @@ def _moments(
         if factor is not None:
             is_diagonal = _is_diagonal(factor, g, side)
             moment = _second_moment(g, side, is_diagonal=is_diagonal)
-            fields[name] = old * factor + new * moment
+            fields[name] = (old * factor + new * moment).astype(factor.dtype)
     return leaf._replace(**fields)
 
 
@@ -164,8 +165,11 @@ def _refreshed(
 ) -> list[_Leaf]:
     """The leaves, with new roots if they are due; ε is `margin`, or `eps` if None."""
 
-    def roots(leaves: list[_Leaf]) -> list[_Leaf]:
-        return _roots(
+    def kept(leaves: list[_Leaf]) -> list[tuple[jax.Array | None, ...]]:
+        return [leaf[5:7] for leaf in leaves]
+
+    def new(leaves: list[_Leaf]) -> list[tuple[jax.Array | None, ...]]:
+        rooted = _roots(
             leaves,
             copies,
             root_order=root_order,
@@ -173,8 +177,11 @@ def _refreshed(
             eps=eps if margin is None else margin,
             debias=debias,
         )
+        return kept(rooted)
 
-    return lax.cond(is_due, roots, lambda leaves: leaves, leaves)
+    # What comes out of a branch is copied there, changed or not.
+    roots = lax.cond(is_due, new, kept, leaves)
+    return [_Leaf(*x[:5], *own) for x, own in zip(leaves, roots, strict=True)]
 
 
 def _roots(
@@ -340,7 +347,7 @@ def scale_by_shampoo(
         Distributed Shampoo   b1=0.9, b2=1.0, update_interval=1, grafting=None
 
     State: 4 bytes per parameter, 4 for V, and 8·n² for each side of n of a tile: 24
-    bytes per parameter for square matrices. A step costs four products with a side, a
+    bytes per parameter for square matrices. A step costs four products, a
     refresh an inverse root of each.
 
     Args:
@@ -375,7 +382,7 @@ def scale_by_shampoo(
       Without grafting the scale of the gradients does not matter for b2 < 1, as long as
       their largest entries are between about 1e-18 and 1e15: below, the factors are 0
       and so is the update; above, they do not grow any more, and the update does. A
-      zero gradient leaves the update of the mean. Where squares overflow (entries above
+      zero gradient leaves the update to the mean. Where squares overflow (entries above
       about 1e19) that of grafting "adam" and "adagrad" is 0 from then on. Where a
       gradient is not finite its matrix is NaN from then on.
 
@@ -414,6 +421,7 @@ def scale_by_shampoo(
     validation.check_floating_dtype(name, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     check_max_dim(name, max_dim, large_dims)
     check_placement(name, placement)
+    eps = eps if isinstance(eps, jax.Array) else float(eps)
     b1, b3, grafting_eps = (
         as_decay_rate(b1),
         as_decay_rate(b3),

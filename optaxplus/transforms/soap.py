@@ -126,10 +126,10 @@ def _adam_in_bases(
         nu=v.astype(nu.dtype),
         factor_in=factor_in
         if factor_in is None
-        else mix(b3, factor_in, second_moment(g)),
+        else mix(b3, factor_in, second_moment(g)).astype(factor_in.dtype),
         factor_out=factor_out
         if factor_out is None
-        else mix(b3, factor_out, second_moment(g.mT)),
+        else mix(b3, factor_out, second_moment(g.mT)).astype(factor_out.dtype),
         basis_in=basis_in,
         basis_out=basis_out,
     )
@@ -180,12 +180,22 @@ def _refreshed(
     turn: jax.Array, leaves: list[_Leaf], copies: tuple[str, ...]
 ) -> list[_Leaf]:
     """0: the bases stay; 1: an iteration; 2: a decomposition."""
+
+    def changing(leaves: list[_Leaf]) -> list[tuple[jax.Array | None, ...]]:
+        # What comes out of a branch is copied there, changed or not.
+        return [(leaf.mu, leaf.nu, *leaf[5:7]) for leaf in leaves]
+
     branches = [
-        lambda leaves: leaves,
-        lambda leaves: _next_bases(leaves, copies),
-        lambda leaves: _first_bases(leaves, copies),
+        changing,
+        lambda leaves: changing(_next_bases(leaves, copies)),
+        lambda leaves: changing(_first_bases(leaves, copies)),
     ]
-    return lax.switch(turn, branches, leaves)
+    return [
+        _Leaf(leaf.update, mu, nu, *leaf[3:5], *bases)
+        for leaf, (mu, nu, *bases) in zip(
+            leaves, lax.switch(turn, branches, leaves), strict=True
+        )
+    ]
 
 
 def _soap(
@@ -246,7 +256,7 @@ def scale_by_soap(
       `optax.inject_hyperparams` pass
       `static_args=("b3", "update_interval", "max_dim")`; leave out "b3" if it is given.
 
-      A zero gradient leaves the update of Adam's mean. Where the squares of a rotated
+      A zero gradient leaves the update to Adam's mean. Where the squares of a rotated
       gradient overflow float32 (entries above about 1e19) the update is 0 from then on,
       as with Adam; where a gradient is not finite its matrix is NaN from then on.
 

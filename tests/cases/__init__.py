@@ -90,7 +90,6 @@ FAMILIES = (
     "normuon",
     "dion",
     "scion",
-    "sophia",
     "adamw8bit",
 )
 

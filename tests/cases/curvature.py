@@ -52,6 +52,7 @@ LINKS = [
     Case(
         "scale_by_sophia",
         _scale_by_sophia,
+        by_default=False,
         static_args=_STATIC,
         complex_supported=False,
     ),

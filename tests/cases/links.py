@@ -13,6 +13,7 @@ from tests.cases.expectations import (
 _DION_STATIC = ("rank_fraction", "rank_multiple", "power_iterations", "seed")
 _KRON_STATIC = ("update_interval", "warmup_steps", "max_dim", "seed")
 _APOLLO = {
+    "by_default": False,
     "static_args": ("rank", "update_interval", "seed"),
     "complex_supported": False,
     "matrix_only": True,

@@ -105,6 +105,7 @@ def _apollo_row(name: str, kwargs: dict[str, Any], **more: Any) -> Case:
         ox.apollo,
         kwargs,
         static_args=_APOLLO_STATIC,
+        by_default=False,
         needs_params=True,
         complex_supported=False,
         scope="block",
@@ -217,6 +218,7 @@ CASES = [
             ox.kron,
             kwargs,
             learning_rate=0.1,
+            by_default=False,
             static_args=_KRON_STATIC,
             oracle=matrix_oracle(_ADAMW_OF_MUON, _kron, weight_decay=0.1, **theirs),
         )
@@ -249,6 +251,7 @@ CASES = [
             ox.shampoo,
             kwargs,
             learning_rate=0.1,
+            by_default=False,
             static_args=_KRONECKER_STATIC,
             rtol=_ROOT_RTOL,
             oracle=matrix_oracle(

@@ -335,3 +335,13 @@ def test_parameters_without_entries(rule: str, shape: tuple[int, ...], spec: P) 
     layout = Layout({"fsdp": 8}, {"empty": shape}, {"empty": spec})
     text = compiled(layout, rule, "explicit")
     assert "ENTRY" in text
+
+
+@pytest.mark.parametrize("link", [ox.scale_by_soap, ox.scale_by_shampoo])
+def test_narrow_transport_is_refused(link) -> None:
+    mesh = make_mesh(AxisType.Auto, fsdp=8)
+    placement = ox.Placement(mesh, P("fsdp"), comm_dtype="bfloat16")
+    tx = link(placement=placement, axes=ox.MatrixAxes((0,), (1,)))
+    g = jnp.ones((8, 4))
+    with pytest.raises(ValueError, match="comm_dtype='bfloat16' is not allowed"):
+        tx.update(g, tx.init(g))

@@ -113,7 +113,9 @@ def shardings(state):
         ),
     ],
 )
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit]
+)
 def test_factors_are_placed_as_their_sides(axes: MatrixAxes, spec, expected, kind):
     mesh = jax.make_mesh((2, 4), ("x", "y"), (kind,) * 2)
     tx = ox.scale_by_kron(axes=axes)

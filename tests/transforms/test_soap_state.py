@@ -301,3 +301,16 @@ def test_sides_without_even_tiles_are_refused():
     # They are no matter where a side is left as it is, or below it.
     jax.eval_shape(ox.scale_by_soap(max_dim=16).init, params)
     jax.eval_shape(ox.scale_by_soap(max_dim=37, large_dims="tiles").init, params)
+
+
+@pytest.mark.parametrize("link", [ox.scale_by_soap, ox.scale_by_shampoo])
+def test_dtypes_of_leaves_and_gradients_may_differ(link):
+    with jax.enable_x64(True):
+        params = {"a": jnp.ones((3, 3), "float32"), "b": jnp.ones((3, 3), "float64")}
+        grads = {key: jnp.eye(3, dtype="float64") for key in params}
+        tx = link(update_interval=1, axes=ox.MatrixAxes((0,), (1,)))
+        before = tx.init(params)
+        _, state = tx.update(grads, before)
+        _, state = tx.update(grads, state)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True):
+        assert old.dtype == new.dtype
