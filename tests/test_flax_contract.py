@@ -9,11 +9,22 @@ from flax.training.train_state import TrainState
 
 import optaxplus as ox
 from tests.assertions import assert_finite, assert_same_types
-from tests.cases import NAMED, Case
+from tests.cases import FAMILIES, NAMED, Case
 
-# One row of every factory; decay and masks are what meets the boxes around parameters.
-ROWS = {case.factory: case for case in NAMED if case.factory.__module__ != __name__}
-each_factory = pytest.mark.parametrize("case", ROWS.values(), ids=str)
+# One row of every factory, of one of each family by default; decay and masks are what
+# meets the boxes around parameters.
+BY_DEFAULT = {case.factory for case in NAMED if case.name in (*FAMILIES, "soap")}
+each_factory = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            id=case.name,
+            marks=[] if factory in BY_DEFAULT else [pytest.mark.slow],
+        )
+        for factory, case in {case.factory: case for case in NAMED}.items()
+    ],
+)
 
 X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
 Y = jnp.sin(X[:, :2])

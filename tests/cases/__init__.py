@@ -53,17 +53,21 @@ CASES = [*LINKS, *NAMED]
 def variants_are_slow(cases: Sequence[Case]) -> list[Any]:
     """Parameters of a test that compiles whole updates, which takes a second a row.
 
-    The first row of every factory is run by default, unless it says that it is not; the
-    others with `-m slow`.
+    The first row of every factory is run by default, unless it says that it is not or
+    is the link `scale_by_x` of a named optimizer x; the others with `-m slow`.
     """
     factories = [case.factory for case in cases]
+    covered = {f"scale_by_{case.factory.__name__}" for case in NAMED}
+
+    def is_default(index: int, case: Case) -> bool:
+        is_first = case.factory not in factories[:index]
+        return case.by_default and is_first and case.factory.__name__ not in covered
+
     return [
         pytest.param(
             case,
             id=case.name,
-            marks=[]
-            if case.by_default and case.factory not in factories[:index]
-            else [pytest.mark.slow],
+            marks=[] if is_default(index, case) else [pytest.mark.slow],
         )
         for index, case in enumerate(cases)
     ]

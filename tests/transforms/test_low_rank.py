@@ -308,6 +308,7 @@ def test_heads_are_flattened():
         assert_trees_close(ours.reshape(4, 6), theirs, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "arguments"), [((3, 8, 5), {"rank": 2}), ((3, 5, 8), MINI)], ids=str
 )

@@ -155,6 +155,7 @@ def primitives(jaxpr, inside_cond=False):
                     yield from primitives(inner, inside_cond or name == "cond")
 
 
+@pytest.mark.slow
 def test_all_leaves_are_fitted_in_one_branch():
     params = [jnp.ones((6, 4)), jnp.ones((4, 6)), jnp.ones((2, 2, 3))]
     tx = ox.scale_by_kron(axes=STACK)
@@ -195,6 +196,7 @@ def test_axes_are_flattened_and_the_batch_may_stand_anywhere():
         assert_trees_close(one, other, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_stacks_and_trees_are_their_slices():
     sizes = np.float32([1e-9, 1.0, 1e9]).reshape(3, 1, 1)
     grads = [g * sizes for g in gradients((3, 6, 4), steps=4)]
@@ -258,6 +260,7 @@ def test_the_scale_of_the_gradient_is_forgotten(size: float):
     np.testing.assert_allclose(rms, 1.0, atol=0.2)
 
 
+@pytest.mark.slow
 def test_descends_where_rows_and_columns_are_mixed():
     """½‖A·X·B‖² of condition 1e6: no direction of an entry is special."""
     rng = np.random.default_rng(0)

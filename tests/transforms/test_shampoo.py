@@ -292,6 +292,7 @@ def test_axes_may_stand_anywhere():
 # What it does
 
 
+@pytest.mark.slow
 def test_descends_where_rows_and_columns_are_mixed():
     adam = ox.scale_by_adam(b1=0.95, b2=0.95)
     adams = best_descent(adam, np.geomspace(1e-3, 1.0, 7))
