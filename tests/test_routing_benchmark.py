@@ -18,6 +18,7 @@ from benchmarks.routing import MODELS, OPTAX, OURS, Route, Truth
 BY_NAME = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [

@@ -33,6 +33,7 @@ STEADY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute_dtype", mostly(["bfloat16"], ["bfloat16", "float16"]))
 @pytest.mark.parametrize("name", [*STEADY, "cans"])
 def test_bands_in_low_precision(name: str, compute_dtype: str):
@@ -90,6 +91,7 @@ def structured_matrices(kind: str, count: int = 64) -> np.ndarray:
     return (left * values[:, None]) @ right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "compute_dtype"), PAIRS)
 @pytest.mark.parametrize("kind", ["dense", "dominant", "blocks"])
 def test_the_gram_form_stays_in_its_band(name: str, compute_dtype: str, kind: str):

@@ -61,6 +61,7 @@ COUNTERPARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTERPARTS)
 def test_published(name: str):
     case = RECORDED.cases[name]

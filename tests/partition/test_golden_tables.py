@@ -85,6 +85,7 @@ def test_tables_are_as_reviewed(name: str):
     assert table(name) == (DIRECTORY / f"{name}.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [ox.muon, ox.adam_mini], ids=["muon", "adam_mini"])
 @pytest.mark.parametrize("name", TABLES)
 def test_optimizers_take_every_model(name: str, make):

@@ -88,6 +88,7 @@ def llama_run():
     return params, gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", mostly(["lamb", "adafactor"], OPTIMIZERS))
 def test_scanned_layers_are_layers_apart(llama_run, name: str, axis: int):

@@ -161,6 +161,7 @@ def test_senseless_orders_say_why(build, message):
 # Micro-batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["master_weights", "24", "stochastic", "compensated"])
 def test_micro_batches_equal_one_batch(name):
     wrap = {

@@ -350,6 +350,7 @@ def test_the_family(name: str, mode: str) -> None:
     compare(lambda p: FAMILY[name](0.1, compute_dtype="float32", placement=p), mode)
 
 
+@pytest.mark.slow
 @in_turn(INSIDE, ["explicit", "placement"])
 def test_placement_survives(name: str, mode: str) -> None:
     def build(placement):
