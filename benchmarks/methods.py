@@ -259,7 +259,7 @@ METHODS = (
         "soap",
         ox.soap(0.1),
         arxiv("2409.11321"),
-        "large batches: the fewest steps of its kind, with AdamW's learning rates",
+        "large batches: by its paper fewer steps than AdamW and Shampoo take",
         "memory counts; a QR decomposition of both sides every ten steps is too much",
     ),
     Method(

@@ -24,8 +24,11 @@ def temporary_bytes_per_parameter(tx, dtype=jnp.float32) -> float:
         is_leaf=lambda node: isinstance(node, tuple),
     )
 
+    tx = optax.with_extra_args_support(tx)
+
     def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
+        # Sophia's estimate of the Hessian, which the others ignore.
+        updates, state = tx.update(grads, state, params, hessian=grads)
         return optax.apply_updates(params, updates), state
 
     step = jax.jit(step, donate_argnums=(0, 1))
@@ -63,6 +66,7 @@ WITHOUT_TEMPORARIES = {
     "signum": ox.signum(0.1, weight_decay=0.1),
     "lars": ox.lars(0.1, weight_decay=0.1),
     "scion-per_output": ox.scion(0.1, norms={"hidden": ("per_output", 1.0)}),
+    "sophia": ox.sophia(0.1, weight_decay=0.1),
     "adafactor": ox.adafactor(0.1),
     "adafactor-b1": ox.adafactor(0.1, b1=0.9),
     "adafactor-unfactored": ox.adafactor(0.1, min_dim_size_to_factor=10_000),
@@ -146,4 +150,5 @@ def test_every_optimizer_is_in_one_of_the_lists():
     factories = {case.factory.__name__ for case in NAMED if hasattr(ox, case.name)}
     listed = {name.partition("-")[0] for name in ALLOWED}
     # Products of matrices have temporaries of their own.
-    assert factories - {"muon", "normuon", "adamuon", "dion", "kron"} <= listed
+    products = {"muon", "normuon", "adamuon", "dion", "kron", "shampoo", "soap"}
+    assert factories - products <= listed

@@ -35,6 +35,7 @@ from optaxplus.numerics.explicit_axes import left_to_compiler
 from optaxplus.numerics.hyperparameters import Scalar
 from optaxplus.numerics.newton_schulz import largest_entry, power_of_two
 from optaxplus.numerics.norms import or_one
+from optaxplus.numerics.products import product
 
 __all__ = [
     "ROOT_METHODS",
@@ -44,7 +45,6 @@ __all__ = [
     "in_turn_on_cpus",
     "inverse_root",
     "next_eigenbasis",
-    "product",
     "second_moment",
 ]
 
@@ -53,11 +53,6 @@ ROOT_METHODS = ("eigh", "newton")
 # Steps of Newton's iteration from where it converges quadratically, 1 - 1/p, to the
 # last digit of float64.
 _QUADRATIC_STEPS = 7
-
-
-def product(left: jax.Array, right: jax.Array) -> jax.Array:
-    """The matrix product, of float32 operands that no accelerator rounds."""
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
 
 
 def second_moment(x: jax.Array) -> jax.Array:

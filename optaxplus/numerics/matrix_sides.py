@@ -1,6 +1,7 @@
 """The sides of matrices: their sizes, and arrays that lie along one of them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optaxplus.numerics.explicit_axes import left_to_compiler
 from optaxplus.numerics.matrix_axes import MatrixAxes, block_axes, to_matrices
 
-__all__ = ["split_shapes", "zeros_along"]
+__all__ = ["side_by_side", "split_shapes", "zeros_along"]
 
 
 def split_shapes(axes: MatrixAxes, shape: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -24,6 +25,16 @@ def split_shapes(axes: MatrixAxes, shape: tuple[int, ...]) -> list[tuple[int, in
         math.prod(shape[axis] for axis in side) for side in (axes.fan_in, axes.fan_out)
     )
     return [(fan_in, width) for width in axes.splits or (fan_out,)]
+
+
+def side_by_side(matrices: Sequence[jax.Array]) -> jax.Array:
+    """Matrices (*batch, m, n) as one, with rows of zeros below the shorter ones."""
+    longest = max(x.shape[-2] for x in matrices)
+    filled = [
+        jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, longest - x.shape[-2]), (0, 0)])
+        for x in matrices
+    ]
+    return jnp.concatenate(filled, axis=-1)
 
 
 def zeros_along(

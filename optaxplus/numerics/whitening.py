@@ -29,6 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaxplus.numerics.hyperparameters import Scalar
+from optaxplus.numerics.newton_schulz import largest_entry
+from optaxplus.numerics.products import product
 
 __all__ = ["fit_factors", "precondition"]
 
@@ -58,7 +60,7 @@ def fit_factors(
     a = _times(right, _times(left, h).mT).mT
     b = _transposed_solve(right, _transposed_solve(left, v).mT).mT
     # Only the ratio of A to B matters: the largest entry of either becomes 1.
-    largest_a, largest_b = _largest(a), _largest(b)
+    largest_a, largest_b = largest_entry(a), largest_entry(b)
     ratio = size * (largest_a / largest_b)
     a = a * (jnp.minimum(ratio, 1.0) / _or_one(largest_a))
     b = b * (jnp.minimum(1.0 / ratio, 1.0) / largest_b)
@@ -85,7 +87,7 @@ def precondition(
     u = _transposed_times(left, _times(left, m / scale))
     u = _transposed_times(right, _times(right, u.mT)).mT
     if max_rms is not None:
-        largest = _or_one(_largest(u))
+        largest = _or_one(largest_entry(u))
         mean_square = jnp.mean(jnp.square(u / largest), axis=(-2, -1), keepdims=True)
         rms = largest * jnp.sqrt(mean_square)
         scale = jnp.minimum(scale, max_rms / _or_one(rms))
@@ -94,7 +96,7 @@ def precondition(
 
 def _magnitude(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Largest entry of each matrix, and whether it is a normal number."""
-    size = _largest(m)
+    size = largest_entry(m)
     return size, (size >= jnp.finfo(m.dtype).tiny) & jnp.isfinite(size)
 
 
@@ -102,15 +104,15 @@ def _fitted(factor: jax.Array, a: jax.Array, b: jax.Array, rate: Scalar) -> jax.
     """The factor of the rows of A and B, one step later."""
     if _is_diagonal(factor):
         plus, minus = (jnp.sum(x * x, axis=-1, keepdims=True) for x in (a, b))
-        return factor - rate * factor * ((plus - minus) / _largest(plus + minus))
-    plus, minus = (_product(x, x.mT) for x in (a, b))
+        return factor - rate * factor * ((plus - minus) / largest_entry(plus + minus))
+    plus, minus = (product(x, x.mT) for x in (a, b))
     step = jnp.triu(plus - minus) * (rate / _spectral_norm_bound(plus + minus))
-    return factor - _product(step, factor)
+    return factor - product(step, factor)
 
 
 def _balanced(left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Largest entries within a factor of 4 of each other; no bit of P changes."""
-    exponents = [jnp.frexp(_largest(factor))[1] for factor in (left, right)]
+    exponents = [jnp.frexp(largest_entry(factor))[1] for factor in (left, right)]
     shift = (exponents[0] - exponents[1]) // 2
     return jnp.ldexp(left, -shift), jnp.ldexp(right, shift)
 
@@ -126,13 +128,8 @@ def _spectral_norm_bound(gram: jax.Array) -> jax.Array:
     # A sum, not a gather: columns may be on several devices.
     chosen = lax.broadcasted_iota(index.dtype, gram.shape, gram.ndim - 1) == index
     column = jnp.sum(jnp.where(chosen, gram, 0.0), axis=-1, keepdims=True)
-    direction = _product(gram, column)
-    return _norm(_product(gram, direction / _norm(direction)))
-
-
-def _product(left: jax.Array, right: jax.Array) -> jax.Array:
-    # "highest" keeps float32 operands from being rounded on accelerators.
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
+    direction = product(gram, column)
+    return _norm(product(gram, direction / _norm(direction)))
 
 
 def _is_diagonal(factor: jax.Array) -> bool:
@@ -140,11 +137,11 @@ def _is_diagonal(factor: jax.Array) -> bool:
 
 
 def _times(factor: jax.Array, x: jax.Array) -> jax.Array:
-    return factor * x if _is_diagonal(factor) else _product(factor, x)
+    return factor * x if _is_diagonal(factor) else product(factor, x)
 
 
 def _transposed_times(factor: jax.Array, x: jax.Array) -> jax.Array:
-    return factor * x if _is_diagonal(factor) else _product(factor.mT, x)
+    return factor * x if _is_diagonal(factor) else product(factor.mT, x)
 
 
 def _transposed_solve(factor: jax.Array, x: jax.Array) -> jax.Array:
@@ -152,10 +149,6 @@ def _transposed_solve(factor: jax.Array, x: jax.Array) -> jax.Array:
     if _is_diagonal(factor):
         return x / factor
     return lax.linalg.triangular_solve(factor, x, left_side=True, transpose_a=True)
-
-
-def _largest(x: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
 
 
 def _norm(x: jax.Array) -> jax.Array:

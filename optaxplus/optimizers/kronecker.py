@@ -73,7 +73,8 @@ def shampoo(
       grafting: Whose size a step has: "sgd", "adagrad", "adam", or None. Static.
       grafting_eps: Added to the root of its mean square. > 0.
       root_order: Order of the inverse roots, >= 1; None is 4. Static.
-      root_method: "eigh" or "newton", see `optaxplus.numerics.inverse_root`. Static.
+      root_method: "eigh", or "newton" for TPUs, see `optaxplus.scale_by_shampoo`.
+        Static.
       weight_decay: Decay per step of the matrices, >= 0, or a schedule of it; relative
         to the learning rate unless `decay` is "independent". Static if 0.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optaxplus import trees, validation
@@ -19,6 +20,7 @@ __all__ = [
     "check_specs",
     "device_memory",
     "placement_like",
+    "sharding_of",
     "specs_of",
     "where",
 ]
@@ -214,6 +216,17 @@ def where(function: str, placement: Any, tree: PyTree) -> Where | None:
         return Where(mesh, axes, tuple(specs))
     found = Where(mesh, axes, None)
     return found if found.sizes else None
+
+
+def sharding_of(x: Any) -> NamedSharding | None:
+    """How an array lies on a mesh, as far as it tells.
+
+    Its type says so along Explicit axes; what is not traced knows about Auto ones too.
+    """
+    sharding = jax.typeof(x).sharding
+    if not explicit_axes(sharding.mesh):
+        sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def check_specs(

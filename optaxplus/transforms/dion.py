@@ -34,7 +34,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
@@ -46,7 +45,8 @@ from optaxplus.numerics.matrix_axes import (
     split_columns,
     to_matrices,
 )
-from optaxplus.numerics.matrix_sides import split_shapes, zeros_along
+from optaxplus.numerics.matrix_sides import side_by_side, split_shapes, zeros_along
+from optaxplus.numerics.products import product
 from optaxplus.transforms.orthogonalized import matrix_axes_of
 
 __all__ = ["ScaleByDionState", "scale_by_dion"]
@@ -66,22 +66,11 @@ class ScaleByDionState(NamedTuple):
     basis: PyTree  # (*batch axes, shorter side, rank): Q
 
 
-def _fill_rows(matrices: jax.Array, rows: int) -> jax.Array:
-    """Zeros below, up to `rows` rows."""
-    missing = rows - matrices.shape[-2]
-    return jnp.pad(matrices, [(0, 0)] * (matrices.ndim - 2) + [(0, missing), (0, 0)])
-
-
 def _unit_columns(side: int, rank: int, seed: int) -> jax.Array:
     """Random directions, which depend on nothing but the arguments."""
     key = jax.random.key(seed, impl="threefry2x32")
     columns = jax.random.normal(key, (side, rank), jnp.float32)
     return columns / jnp.linalg.norm(columns, axis=0, keepdims=True)
-
-
-def _product(left: jax.Array, right: jax.Array) -> jax.Array:
-    # "highest" keeps float32 operands from being rounded on accelerators.
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
 
 
 def _magnitude(matrices: jax.Array) -> jax.Array:
@@ -101,8 +90,8 @@ def _power_iteration(
     b: jax.Array, basis: jax.Array, eps: Scalar
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """P, R, the columns of R at length 1, and Q; zeros in R for surplus columns."""
-    left, _ = jnp.linalg.qr(_product(b, basis))
-    right = _product(b.mT, left)
+    left, _ = jnp.linalg.qr(product(b, basis))
+    right = product(b.mT, left)
     # How far each column is from the span of those before it. Their lengths would not
     # tell: a surplus column of P may lean towards the last one that is none.
     distances = jnp.diagonal(jnp.linalg.qr(right, mode="r"), axis1=-2, axis2=-1)
@@ -133,8 +122,8 @@ def _dion_matrices(
     for _ in range(power_iterations - 1):
         *_, basis = _power_iteration(b, basis, eps)
     left, right, directions, basis = _power_iteration(b, basis, eps)
-    update = _product(left, directions.mT)
-    tall = tall - (1 - b1) * (_product(left, right.mT) * magnitude)
+    update = product(left, directions.mT)
+    tall = tall - (1 - b1) * (product(left, right.mT) * magnitude)
     if is_turned:
         return update.mT, tall.mT, basis
     return update, tall, basis
@@ -168,14 +157,7 @@ def _dion_leaf(
             strict=True,
         )
     ]
-    update, momentum, columns = (
-        jnp.concatenate(parts, axis=-1)
-        for parts in (
-            [u for u, _, _ in results],
-            [m for _, m, _ in results],
-            [_fill_rows(q, basis.shape[-2]) for _, _, q in results],
-        )
-    )
+    update, momentum, columns = map(side_by_side, zip(*results, strict=True))
     return (
         from_matrices(update, axes, g.shape),
         from_matrices(momentum, axes, g.shape).astype(mu.dtype),
@@ -270,7 +252,7 @@ def scale_by_dion(
         shapes = split_shapes(leaf_axes, param.shape)
         sides = [min(shape) for shape in shapes]
         columns = [_unit_columns(side, rank_of(side), seed) for side in sides]
-        basis = jnp.concatenate([_fill_rows(q, max(sides)) for q in columns], axis=-1)
+        basis = side_by_side(columns)
         # fan_out cut into splits is no side.
         fan_out = () if leaf_axes.splits else leaf_axes.fan_out
         side = leaf_axes.fan_in if max(sides) == shapes[0][0] else fan_out

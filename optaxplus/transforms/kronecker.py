@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxplus import trees, validation
@@ -35,7 +34,7 @@ from optaxplus.partition.inference import axes_of
 from optaxplus.sharding.alike import lying_as
 from optaxplus.sharding.layouts import guessed_specs
 from optaxplus.sharding.owners import Lies, lies, on_owners
-from optaxplus.sharding.placement import Where, where
+from optaxplus.sharding.placement import Where, sharding_of, where
 
 __all__: list[str] = []
 
@@ -149,18 +148,13 @@ def init_side(
         if shape is None:
             return optax.MaskedNode()
         dtype = trees.compute_dtype(param.dtype)
-        sharding = jax.typeof(param).sharding
-        is_typed = bool(explicit_axes(sharding.mesh))
-        if not is_typed:
-            # What is not traced says how it lies also on a mesh with Auto axes.
-            is_traced = isinstance(param, Tracer)
-            sharding = None if is_traced else getattr(param, "sharding", None)
-        if not isinstance(sharding, NamedSharding):
+        sharding = sharding_of(param)
+        if sharding is None:
             return jnp.zeros(shape, dtype)
         sizes = {n: s for n, s in sharding.mesh.shape.items() if s > 1}
         spec = _factor_spec(own, sharding.spec, side, shape, sizes)
         placed = NamedSharding(sharding.mesh, spec)
-        if is_typed:
+        if explicit_axes(sharding.mesh):
             return jnp.zeros(shape, dtype, out_sharding=placed)
         return jnp.zeros(shape, dtype, device=placed)
 

@@ -41,7 +41,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
@@ -54,9 +53,10 @@ from optaxplus.numerics.matrix_axes import (
     split_columns,
     to_matrices,
 )
-from optaxplus.numerics.matrix_sides import split_shapes, zeros_along
+from optaxplus.numerics.matrix_sides import side_by_side, split_shapes, zeros_along
 from optaxplus.numerics.moving_averages import bias_correction, mix
 from optaxplus.numerics.norms import euclidean_norm, mix_square, or_one
+from optaxplus.numerics.products import product
 from optaxplus.transforms.orthogonalized import matrix_axes_of
 
 __all__ = ["ScaleByApolloState", "scale_by_apollo"]
@@ -106,10 +106,9 @@ def _apollo_matrices(
     """Matrices (*batch, fan_in, fan_out): (U, M, V, ‖D‖), where U = factor·D."""
     is_turned = g.shape[-2] > g.shape[-1]
     wide = g.mT if is_turned else g
-    # A copy of P for each matrix: without, compilers transpose the gradients. "highest"
-    # keeps float32 operands from being rounded on accelerators.
+    # A copy of P for each matrix: without, compilers transpose the gradients.
     copies = jnp.broadcast_to(projection, (*g.shape[:-2], *projection.shape))
-    r = jnp.matmul(copies, wide, precision=lax.Precision.HIGHEST)
+    r = product(copies, wide)
     m, v = mix(b1, mu, r), mix_square(b2, nu, r)
     size = euclidean_norm(r, over)
     adam = euclidean_norm(m / or_one(jnp.sqrt(v) + eps), over)
@@ -169,25 +168,16 @@ def _apollo_leaf(
         )
     ]
 
-    def stored(parts: list[jax.Array], like: jax.Array) -> jax.Array:
-        rows = like.shape[-2]
-        filled = [
-            jnp.pad(
-                part, [*[(0, 0)] * (part.ndim - 2), (0, rows - part.shape[-2]), (0, 0)]
-            )
-            for part in parts
-        ]
-        return jnp.concatenate(filled, axis=-1).astype(like.dtype)
-
-    update, m, v, norm = (list(parts) for parts in zip(*results, strict=True))
+    update, m, v, norm = zip(*results, strict=True)
     leaf = (
-        from_matrices(jnp.concatenate(update, axis=-1), axes, g.shape),
-        stored(m, mu),
-        stored(v, nu),
+        from_matrices(side_by_side(update), axes, g.shape),
+        side_by_side(m).astype(mu.dtype),
+        side_by_side(v).astype(nu.dtype),
     )
     if last_norm is None:
         return leaf
-    return *leaf, from_matrices(jnp.concatenate(norm, axis=-1), axes, last_norm.shape)
+    norms = side_by_side(norm).astype(last_norm.dtype)
+    return *leaf, from_matrices(norms, axes, last_norm.shape)
 
 
 def scale_by_apollo(

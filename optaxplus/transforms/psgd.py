@@ -38,7 +38,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxplus import trees, validation
@@ -52,9 +51,11 @@ from optaxplus.numerics.matrix_axes import (
     split_columns,
     to_matrices,
 )
+from optaxplus.numerics.matrix_sides import side_by_side, split_shapes
 from optaxplus.numerics.moving_averages import bias_correction, mix
 from optaxplus.numerics.whitening import fit_factors, precondition
 from optaxplus.partition.inference import axes_of
+from optaxplus.sharding.placement import sharding_of
 
 __all__ = ["ScaleByKronState", "scale_by_kron"]
 
@@ -85,31 +86,14 @@ class _Matrix(NamedTuple):
 
 def _layout(axes: MatrixAxes, shape: tuple[int, ...], max_dim: int) -> list[_Matrix]:
     """The matrices that `splits` stores side by side; one if there are none."""
-    rows, columns = (
-        math.prod(shape[axis] for axis in side) for side in (axes.fan_in, axes.fan_out)
-    )
 
     def width(side: int) -> int:
         return side if axes.is_matrix and side <= max_dim else 1
 
     return [
-        _Matrix(rows, split, width(rows), width(split))
-        for split in axes.splits or (columns,)
+        _Matrix(rows, columns, width(rows), width(columns))
+        for rows, columns in split_shapes(axes, shape)
     ]
-
-
-def _join(factors: list[jax.Array]) -> jax.Array:
-    """Factors side by side, with rows of zeros below the shorter ones."""
-    if len(factors) == 1:
-        return factors[0]
-    longest = max(factor.shape[-2] for factor in factors)
-    return jnp.concatenate(
-        [
-            jnp.pad(q, [(0, 0)] * (q.ndim - 2) + [(0, longest - q.shape[-2]), (0, 0)])
-            for q in factors
-        ],
-        axis=-1,
-    )
 
 
 def _apart(
@@ -172,7 +156,11 @@ def _refresh_leaf(
         )
     ]
     lefts, rights = ([pair[side] for pair in pairs] for side in (0, 1))
-    return m, _join(lefts).astype(left.dtype), _join(rights).astype(right.dtype)
+    return (
+        m,
+        side_by_side(lefts).astype(left.dtype),
+        side_by_side(rights).astype(right.dtype),
+    )
 
 
 def _noise(key: jax.Array, sides: _Matrix) -> jax.Array:
@@ -226,10 +214,8 @@ def _factor_shardings(
 
     None where the parameter does not say how it lies.
     """
-    sharding = jax.typeof(param).sharding
-    if not explicit_axes(sharding.mesh):
-        sharding = None if isinstance(param, Tracer) else param.sharding
-    if not isinstance(sharding, NamedSharding):
+    sharding = sharding_of(param)
+    if sharding is None:
         return None
     spec = (*sharding.spec, *(None,) * (param.ndim - len(sharding.spec)))
     batch = [entry for a, entry in enumerate(spec) if a not in block_axes(axes)]
@@ -263,8 +249,8 @@ def _identities(
         return (diagonal.astype(wide) * scale).astype(dtype)
 
     blocks = (
-        _join([one(sides.rows, sides.rows_width) for sides in layout]),
-        _join([one(sides.columns, sides.columns_width) for sides in layout]),
+        side_by_side([one(sides.rows, sides.rows_width) for sides in layout]),
+        side_by_side([one(sides.columns, sides.columns_width) for sides in layout]),
     )
     batch = tuple(n for a, n in enumerate(param.shape) if a not in block_axes(axes))
     zeros = jnp.zeros_like(param, dtype=wide)

@@ -39,11 +39,11 @@ from optaxplus.numerics.matrix_roots import (
     in_groups,
     in_turn_on_cpus,
     next_eigenbasis,
-    product,
     second_moment,
 )
 from optaxplus.numerics.moving_averages import bias_correction, mix
 from optaxplus.numerics.norms import mix_square
+from optaxplus.numerics.products import product
 from optaxplus.sharding.owners import shared
 from optaxplus.sharding.placement import Placement, check_placement, check_specs
 from optaxplus.transforms.kronecker import (
@@ -234,7 +234,8 @@ def scale_by_soap(
     State: 8 bytes per parameter, and 8·n² for each side of n <= max_dim: 24 bytes per
     parameter in all for square matrices, 42 for those four times as long as wide. A
     step costs six products, three with each side; a refresh three products and a QR
-    decomposition a side, the first step two decompositions into eigenvectors.
+    decomposition a side, the first step two decompositions into eigenvectors, for which
+    the compiler for TPUs takes minutes (over 200 s for sides of 512 and 2048).
 
     Args:
       b1: Decay rate of the mean, in [0, 1).
@@ -256,9 +257,10 @@ def scale_by_soap(
       `optax.inject_hyperparams` pass
       `static_args=("b3", "update_interval", "max_dim")`; leave out "b3" if it is given.
 
-      A zero gradient leaves the update to Adam's mean. Where the squares of a rotated
-      gradient overflow float32 (entries above about 1e19) the update is 0 from then on,
-      as with Adam; where a gradient is not finite its matrix is NaN from then on.
+      A zero gradient leaves all of the update to Adam's mean. Where the squares of a
+      rotated gradient overflow float32 (entries above about 1e19) the update is 0 from
+      then on, as with Adam; where a gradient is not finite its matrix is NaN from then
+      on.
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not real floating
