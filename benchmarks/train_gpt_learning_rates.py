@@ -2,9 +2,9 @@
 
 A comparison of optimizers is only worth as much as their tuning. Every optimizer is
 tried on the job of the example, at its full length, with four learning rates, a factor
-of two apart. For AdamW and Muon's family gradients are clipped to norm 1, weights decay
-by 0.1, and Adam has b2 = 0.95. The winner has the lowest last validation loss; it has
-to lie inside its grid, or the grid has to move.
+of two apart. For AdamW, Muon's family and the methods with curvature gradients are
+clipped to norm 1, weights decay by 0.1, and Adam has b2 = 0.95. The winner has the
+lowest last validation loss; it has to lie inside its grid, or the grid has to move.
 
     python benchmarks/train_gpt_learning_rates.py
     python benchmarks/train_gpt_learning_rates.py --optimizers adamw --steps 300
@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 from rich.console import Console
 from rich.table import Table
@@ -48,7 +49,8 @@ class Grid:
 
     Attributes:
         rates: Learning rates, neighbours a factor of two apart.
-        arguments: Its other arguments.
+        arguments: Its other arguments. An "adamw_learning_rate" is the highest of the
+            schedule for what is no hidden matrix.
         build: Makes the optimizer; None is the recipe of the example.
     """
 
@@ -57,14 +59,39 @@ class Grid:
     build: Callable[..., optax.GradientTransformation] | None = None
 
 
+def sophia(
+    learning_rate: optax.Schedule, *, clip_norm: float, **arguments: Any
+) -> optax.GradientTransformation:
+    """Sophia with the clipping of the others."""
+    return optax.chain(
+        ox.clip_by_global_norm(clip_norm), ox.sophia(learning_rate, **arguments)
+    )
+
+
 ADAM = {"b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0}
 MUON = {"adamw_b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0}
+# Their rates mean something else for matrices than AdamW's: the rest keeps its best.
+ADAMW_APART = MUON | {"adamw_learning_rate": 2e-3}
+# Sophia-G as its authors run it.
+SOPHIA = {
+    "b1": 0.965,
+    "gamma": 0.05,
+    "eps": 1e-15,
+    "weight_decay": 0.1,
+    "clip_norm": 1.0,
+}
 GRIDS = {
     "adamw": Grid((1e-3, 2e-3, 4e-3, 8e-3), ADAM, train_gpt.adamw),
     "muon": Grid((2e-3, 4e-3, 8e-3, 1.6e-2), MUON, ox.muon),
     "normuon": Grid((2e-3, 4e-3, 8e-3, 1.6e-2), MUON, ox.normuon),
     "adamuon": Grid((2e-3, 4e-3, 8e-3, 1.6e-2), MUON, ox.adamuon),
     "scion": Grid((4.5e-5, 9e-5, 1.8e-4, 3.6e-4), {"clip_norm": 1.0}, ox.scion),
+    "soap": Grid((1e-3, 2e-3, 4e-3, 8e-3), MUON, ox.soap),
+    "shampoo": Grid((1e-3, 2e-3, 4e-3, 8e-3), MUON, ox.shampoo),
+    "kron": Grid((2.5e-4, 5e-4, 1e-3, 2e-3), ADAMW_APART, ox.kron),
+    # A quarter of the width, as in the paper.
+    "apollo": Grid((2e-3, 4e-3, 8e-3, 1.6e-2), ADAMW_APART | {"rank": 32}, ox.apollo),
+    "sophia": Grid((2.5e-4, 5e-4, 1e-3, 2e-3), SOPHIA, sophia),
     "sgd": Grid((0.1, 0.2, 0.4, 0.8)),
     "adam": Grid((1e-3, 2e-3, 4e-3, 8e-3)),
     "lion": Grid((1e-4, 2e-4, 4e-4, 8e-4)),
@@ -89,11 +116,45 @@ def trials(names: Sequence[str], steps: int, seed: int) -> Iterator[dict[str, An
 
 def recipe_of(trial: dict[str, Any]) -> train_gpt.Recipe:
     """The optimizer of a trial."""
-    name = trial["optimizer"]
+    name, rate = trial["optimizer"], trial["learning_rate"]
     build = GRIDS[name].build or train_gpt.RECIPES[name].build
-    return train_gpt.Recipe(
-        trial["learning_rate"], partial(build, **trial["arguments"])
-    )
+    arguments = dict(trial["arguments"])
+    of_others = arguments.pop("adamw_learning_rate", None)
+    if of_others is None:
+        return train_gpt.Recipe(rate, partial(build, **arguments))
+
+    def with_two_rates(schedule: optax.Schedule) -> optax.GradientTransformation:
+        return build(
+            schedule,
+            adamw_learning_rate=lambda step: of_others / rate * schedule(step),
+            **arguments,
+        )
+
+    return train_gpt.Recipe(rate, with_two_rates)
+
+
+class Trainer(train_gpt.Trainer):
+    """Trains with any optimizer of `GRIDS`; Sophia gets its estimates."""
+
+    def _train_step(self, state: Any, windows: jax.Array) -> tuple[Any, jax.Array]:
+        """Takes one step; gives back the new state and the loss before it."""
+
+        def hessian(params: Any) -> Any:
+            # Of the same batch, with new labels every time.
+            key = jax.random.fold_in(jax.random.key(self.task.seed), state.step)
+
+            def logits_fn(params: Any) -> jax.Array:
+                return self.task.model.apply({"params": params}, windows[:, :-1])
+
+            return ox.gauss_newton_bartlett(logits_fn, params, key)
+
+        loss, grads = jax.value_and_grad(self._loss)(state.params, windows)
+        updates, opt_state = optax.with_extra_args_support(state.tx).update(
+            grads, state.opt_state, state.params, hessian=hessian
+        )
+        params = optax.apply_updates(state.params, updates)
+        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        return new, loss
 
 
 def run_trial(trial: dict[str, Any], trainer: train_gpt.Trainer) -> dict[str, Any]:
@@ -208,7 +269,7 @@ def main() -> int:
     done = load(options.out)
     task = train_gpt.Task(model(), standard_library(), options.steps, options.seed)
     with Interruption() as interruption:
-        trainer = train_gpt.Trainer(task, interruption, Console(quiet=True))
+        trainer = Trainer(task, interruption, Console(quiet=True))
         for trial in trials(options.optimizers, options.steps, options.seed):
             if any(is_same(trial, other) for other in done):
                 continue

@@ -169,7 +169,7 @@ def main() -> int:
     with sweep.Interruption() as interruption:
         for seed in options.seeds:
             task = train_gpt.Task(sweep.model(), text, options.steps, seed)
-            trainer = train_gpt.Trainer(task, interruption, Console(quiet=True))
+            trainer = sweep.Trainer(task, interruption, Console(quiet=True))
             for name in options.optimizers:
                 trial = best[name] | {"optimizer": name, "seed": seed}
                 keys = ("optimizer", "learning_rate", "arguments", "steps", "seed")

@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 import optaxplus as ox
 from benchmarks.hlo_cost import hlo_cost
+from optaxplus.numerics.matrix_roots import (
+    by_platform,
+    eigenbasis,
+    iterated_eigenbasis,
+    next_eigenbasis,
+)
 
 pytestmark = pytest.mark.tpu
 
@@ -184,6 +191,20 @@ def test_muon_multiplies_bfloat16_matrices_into_float32(params):
         assert (result, dtype_of[left], dtype_of[right]) == ("f32", "bf16", "bf16")
 
 
+def test_programs_of_bases_do_not_grow_with_the_matrix(params):
+    sharding = params["dense"]["kernel"].sharding
+    first = by_platform(lambda x: (eigenbasis(x),), lambda x: (iterated_eigenbasis(x),))
+    refresh = by_platform(next_eigenbasis, partial(next_eigenbasis, by_panels=True))
+
+    def instructions(function, n):
+        x = jax.ShapeDtypeStruct((1, n, n), jnp.float32, sharding=sharding)
+        return jax.jit(function).lower(x).compile().as_text().count(" = ")
+
+    for function in (first, lambda x: refresh(x, x)):
+        # Decompositions of their own have 4 and 25 times as many.
+        assert instructions(function, 512) < 1.3 * instructions(function, 256)
+
+
 # Eight chips
 
 
@@ -255,3 +276,36 @@ def test_eight_chips_move_whole_matrices_once(mode):
     # The standard form of five steps, shared out evenly.
     products = 8 * 5 * (6 * 512**3 + 2 * (4 * 512**2 * 2048 + 2 * 512**3))
     assert cost.flops <= 1.001 * products / 8
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [ox.scale_by_soap, partial(ox.scale_by_shampoo, root_method="newton")],
+    ids=["soap", "shampoo"],
+)
+def test_eight_chips_move_matrices_and_what_belongs_to_them_once(rule):
+    pytest.importorskip("libtpu", reason="install the extra `tpu` for the TPU compiler")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    mesh = Mesh(np.array(topology.devices), ("fsdp",), axis_types=(AxisType.Explicit,))
+    shapes = {"query": (8, 128, 128), "up": (8, 128, 256), "one": (128, 128)}
+    specs = {"query": P(None, "fsdp"), "up": P(None, None, "fsdp"), "one": P("fsdp")}
+    grads = {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, specs[name])
+        )
+        for name, shape in shapes.items()
+    }
+    tx = rule(axes=ox.MatrixAxes((-2,), (-1,)))
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(tx.init, grads),
+        ox.state_sharding(tx, grads),
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        update = jax.jit(tx.update, donate_argnums=1).lower(grads, state)
+    cost = hlo_cost(update.compile().as_text())
+    # There and back, by one of two branches: what changes in a refresh alone comes back
+    # from a refresh alone.
+    kinds = {kind: found.count for kind, found in cost.collectives.items()}
+    assert kinds == {"all-to-all": 2}

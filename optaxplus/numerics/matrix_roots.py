@@ -10,6 +10,9 @@ norm, in one of two ways:
 
 Eigenbases, by decomposition or by a step of orthogonal iteration from a basis that is
 near already: the columns in descending order of qᵢᵀ·A·qᵢ, then Q <- qr(A·Q + τ·‖A‖₂·Q).
+The compiler for TPUs takes minutes for a decomposition of 2048 columns, as it unrolls
+its blocks. There QR goes through panels in a loop, and the first eigenbasis comes from
+iterations alone (`by_platform`).
 
 What a sum of G·Gᵀ knows of directions that G never had is rounding error, another one
 on every machine. Its inverse root would be larger than all others: ε is above it. Its
@@ -39,11 +42,12 @@ from optaxplus.numerics.products import product
 
 __all__ = [
     "ROOT_METHODS",
+    "by_platform",
     "diagonal_of_second_moment",
     "eigenbasis",
     "in_groups",
-    "in_turn_on_cpus",
     "inverse_root",
+    "iterated_eigenbasis",
     "next_eigenbasis",
     "second_moment",
 ]
@@ -53,6 +57,13 @@ ROOT_METHODS = ("eigh", "newton")
 # Steps of Newton's iteration from where it converges quadratically, 1 - 1/p, to the
 # last digit of float64.
 _QUADRATIC_STEPS = 7
+
+# Iterations from the identity that leave a few percent of the matrix off the diagonal,
+# even where eigenvalues are as near to each other as those of noise.
+_FIRST_ITERATIONS = 32
+
+# Columns of a panel: the width of the units of TPUs.
+_PANEL_WIDTH = 128
 
 
 def second_moment(x: jax.Array) -> jax.Array:
@@ -219,12 +230,15 @@ def _rounding(x: jax.Array) -> float:
     return 4 * math.sqrt(x.shape[-1]) * float(jnp.finfo(x.dtype).eps)
 
 
-def next_eigenbasis(x: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+def next_eigenbasis(
+    x: jax.Array, basis: jax.Array, *, by_panels: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """One orthogonal iteration: (a basis nearer to that of `eigenbasis`, order).
 
     Args:
       x: Shape (..., n, n), symmetric, eigenvalues >= 0.
       basis: The same shape: orthonormal columns.
+      by_panels: Whether QR goes through panels in a loop, for TPUs.
 
     Returns:
       The new basis and, of shape (..., n), which column of the old one each of its
@@ -238,7 +252,52 @@ def next_eigenbasis(x: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Arra
     turned += _rounding(x) * jnp.where(largest > 0, largest, 1.0) * basis
     order = jnp.argsort(values, axis=-1, descending=True)
     columns = jnp.take_along_axis(turned, order, axis=-1)
-    return jnp.linalg.qr(columns)[0], order[..., 0, :]
+    columns = orthonormal(columns) if by_panels else jnp.linalg.qr(columns)[0]
+    return columns, order[..., 0, :]
+
+
+def iterated_eigenbasis(x: jax.Array) -> jax.Array:
+    """Nearly `eigenbasis`, by orthogonal iterations from the identity; for TPUs.
+
+    Args:
+      x: Shape (..., n, n), symmetric, eigenvalues >= 0. NaN and infinities give NaN.
+    """
+
+    def step(_: int, basis: jax.Array) -> jax.Array:
+        return next_eigenbasis(x, basis, by_panels=True)[0]
+
+    return lax.fori_loop(0, _FIRST_ITERATIONS, step, _identity(x) + 0.0 * x)
+
+
+def orthonormal(x: jax.Array, width: int = _PANEL_WIDTH) -> jax.Array:
+    """Q of the QR decomposition, up to signs, by a program of the size of a panel.
+
+    Block Gram-Schmidt, every panel twice: the second time what the first left of the
+    earlier columns is relative to columns of length 1, so that Q is orthogonal up to
+    rounding for condition numbers up to 1/eps (Barlow and Smoktunowicz,
+    Reorthogonalized block classical Gram-Schmidt, Numerische Mathematik 123, 2013).
+
+    Args:
+      x: Shape (..., m, n), m >= n, of full rank.
+      width: Columns of a panel.
+    """
+    n = x.shape[-1]
+    width = min(width, n)
+    # Zeros beside the last panel, whose columns of Q are cut off again.
+    missing = -n % width
+    x = jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, missing)])
+
+    def add_panel(index: int, q: jax.Array) -> jax.Array:
+        def project(_: int, panel: jax.Array) -> jax.Array:
+            # The columns of q from this panel on are zero.
+            return jnp.linalg.qr(panel - product(q, product(q.mT, panel)))[0]
+
+        panel = lax.dynamic_slice_in_dim(x, index * width, width, axis=-1)
+        panel = lax.fori_loop(0, 2, project, panel)
+        return lax.dynamic_update_slice_in_dim(q, panel, index * width, axis=-1)
+
+    q = lax.fori_loop(0, x.shape[-1] // width, add_panel, jnp.zeros_like(x))
+    return q[..., :n]
 
 
 def in_groups(
@@ -277,13 +336,19 @@ def in_groups(
     return results
 
 
-def in_turn_on_cpus(
+def by_platform(
     function: Callable[..., tuple[jax.Array, ...]],
+    on_tpus: Callable[..., tuple[jax.Array, ...]] | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """`function` of stacks, on CPUs of one entry after the other.
+    """`function` of stacks, as each platform can run it.
 
-    jaxlib 0.10 hands a batch of decompositions to threads that may all be waiting, for
-    the threads of another batch or in collectives, and waits with them for ever.
+    On CPUs of one entry after the other: jaxlib 0.10 hands a batch of decompositions to
+    threads that may all be waiting, for the threads of another batch or in collectives,
+    and waits with them for ever.
+
+    Args:
+      function: Maps arrays (count, ...) to arrays (count, ...).
+      on_tpus: What takes its place on TPUs; None: `function` itself.
     """
 
     def in_turn(*stacks: jax.Array) -> tuple[jax.Array, ...]:
@@ -294,5 +359,5 @@ def in_turn_on_cpus(
         )
 
     return lambda *stacks: lax.platform_dependent(
-        *stacks, cpu=in_turn, default=function
+        *stacks, cpu=in_turn, tpu=on_tpus or function, default=function
     )

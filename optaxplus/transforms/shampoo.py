@@ -42,9 +42,9 @@ from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.matrix_roots import (
     ROOT_METHODS,
+    by_platform,
     diagonal_of_second_moment,
     in_groups,
-    in_turn_on_cpus,
     inverse_root,
     second_moment,
 )
@@ -216,7 +216,7 @@ def _roots(
             if order_of(leaf) == order and is_full(leaf[3 + side])
         ]
         factors: list[Any] = [leaves[i][3 + side] for i, side in keys]
-        roots = in_groups(shared(in_turn_on_cpus(root), copies), factors)
+        roots = in_groups(shared(by_platform(root), copies), factors)
         results |= {key: y for key, (y,) in zip(keys, roots, strict=True)}
 
     def of(i: int, leaf: _Leaf, side: int) -> jax.Array | None:

@@ -35,9 +35,10 @@ from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate, as_epsilon
 from optaxplus.numerics.matrix_roots import (
+    by_platform,
     eigenbasis,
     in_groups,
-    in_turn_on_cpus,
+    iterated_eigenbasis,
     next_eigenbasis,
     second_moment,
 )
@@ -138,7 +139,9 @@ def _adam_in_bases(
 def _first_bases(leaves: list[_Leaf], copies: tuple[str, ...]) -> list[_Leaf]:
     """The eigenvectors of all factors; mu and nu are zero."""
     factors = [x for leaf in leaves for x in leaf[3:5] if x is not None]
-    function = in_turn_on_cpus(lambda x: (eigenbasis(x),))
+    function = by_platform(
+        lambda x: (eigenbasis(x),), lambda x: (iterated_eigenbasis(x),)
+    )
     bases = iter(in_groups(shared(function, copies), factors))
 
     def of(factor: jax.Array | None) -> jax.Array | None:
@@ -154,8 +157,8 @@ def _next_bases(leaves: list[_Leaf], copies: tuple[str, ...]) -> list[_Leaf]:
     """The bases one iteration further, mu and nu in them."""
     factors = [x for leaf in leaves for x in leaf[3:5] if x is not None]
     bases = [x for leaf in leaves for x in leaf[5:7] if x is not None]
-    function = shared(in_turn_on_cpus(next_eigenbasis), copies)
-    results = iter(in_groups(function, factors, bases))
+    function = by_platform(next_eigenbasis, partial(next_eigenbasis, by_panels=True))
+    results = iter(in_groups(shared(function, copies), factors, bases))
 
     def turned(leaf: _Leaf) -> _Leaf:
         mu, nu = leaf.mu.astype(leaf.update.dtype), leaf.nu
@@ -234,8 +237,9 @@ def scale_by_soap(
     State: 8 bytes per parameter, and 8·n² for each side of n <= max_dim: 24 bytes per
     parameter in all for square matrices, 42 for those four times as long as wide. A
     step costs six products, three with each side; a refresh three products and a QR
-    decomposition a side, the first step two decompositions into eigenvectors, for which
-    the compiler for TPUs takes minutes (over 200 s for sides of 512 and 2048).
+    decomposition a side, the first step two decompositions into eigenvectors. On TPUs,
+    whose compiler takes minutes for those, the first step iterates 32 times instead:
+    a few percent of a factor may be left off the diagonal of its first basis.
 
     Args:
       b1: Decay rate of the mean, in [0, 1).

@@ -12,10 +12,12 @@ from optaxplus.numerics.matrix_roots import (
     eigenbasis,
     in_groups,
     inverse_root,
+    iterated_eigenbasis,
     next_eigenbasis,
-    product,
+    orthonormal,
     second_moment,
 )
+from optaxplus.numerics.products import product
 from tests.numerics.symmetric import (
     N,
     compiled,
@@ -275,6 +277,7 @@ def test_products_are_not_rounded_by_accelerators() -> None:
         second_moment,
         eigenbasis,
         lambda x: next_eigenbasis(x, x),
+        iterated_eigenbasis,
         lambda x: inverse_root(x, 4),
         lambda x: inverse_root(x, 4, method="newton"),
     ):
@@ -326,6 +329,95 @@ def test_second_moments_of_what_is_not_finite_and_of_nothing() -> None:
     assert second_moment(jnp.zeros((2, 0))).shape == (2, 2)
     np.testing.assert_array_equal(second_moment(jnp.zeros((2, 0))), 0.0)
     assert second_moment(jnp.zeros((0, 2))).shape == (0, 0)
+
+
+# On TPUs
+
+
+@pytest.mark.parametrize("columns", [1, 3, 4, 8, 11])
+@each_dtype
+def test_panels_are_the_columns_of_qr(columns: int, dtype: str, x64) -> None:
+    rng = np.random.default_rng(columns)
+    x = rng.standard_normal((2, 11, columns)).astype(dtype)
+    q = np.asarray(compiled(lambda x: orthonormal(x, width=4), jnp.asarray(x)))
+    assert q.dtype == dtype
+    assert q.shape == x.shape
+    assert_orthonormal(q)
+    wanted = np.linalg.qr(x.astype(float))[0]
+    signs = np.sign(np.sum(wanted * q, axis=-2, keepdims=True))
+    # QR multiplies roundings by the condition number of its argument.
+    atol = 11 * np.linalg.cond(x).max() * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(q, signs * wanted, atol=atol)
+
+
+def test_panels_are_orthogonal_to_each_other_where_columns_are_alike() -> None:
+    n = 12
+    x = np.stack([with_condition(c, n, seed=1) for c in (1e2, 1e4, 1e6)])
+    q = np.asarray(compiled(lambda x: orthonormal(x, width=4), jnp.float32(x)))
+    assert_orthonormal(q)
+
+
+def test_panels_poison_their_matrix_alone() -> None:
+    x = np.stack([np.eye(5, dtype="float32")] * 2)
+    x[0, 1, 4] = np.nan
+    q = np.asarray(compiled(lambda x: orthonormal(x, width=2), jnp.asarray(x)))
+    assert np.isnan(q[0]).any()
+    assert_orthonormal(q[1])
+
+
+@each_dtype
+def test_an_iteration_by_panels_is_an_iteration(dtype: str, x64) -> None:
+    x = with_condition(20.0, 130).astype(dtype)
+    start = np.linalg.qr(np.random.default_rng(0).standard_normal((130, 130)))[0]
+    start = start.astype(dtype)
+    basis, order = compiled(
+        lambda x, q: next_eigenbasis(x, q, by_panels=True),
+        jnp.asarray(x),
+        jnp.asarray(start),
+    )
+    wanted, wanted_order = step(x, start)
+    np.testing.assert_array_equal(order, wanted_order)
+    signs = np.sign(np.sum(wanted * basis, axis=0))
+    # Roundings of two decompositions times the condition number.
+    atol = 2 * 130 * 20 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(basis, signs * wanted, atol=atol)
+
+
+def off_diagonal(x: np.ndarray, basis: np.ndarray) -> float:
+    """How much of QᵀXQ is not on its diagonal, in Frobenius norms."""
+    turned = basis.T.astype(float) @ x.astype(float) @ basis.astype(float)
+    diagonal = np.diag(np.diag(turned))
+    return float(np.linalg.norm(turned - diagonal) / np.linalg.norm(turned))
+
+
+def test_iterations_from_the_identity_come_near_an_eigenbasis() -> None:
+    rng = np.random.default_rng(0)
+    n = 32
+    noise = rng.standard_normal((n, 4 * n))
+    few = rng.standard_normal((n, n // 4))
+    steep = with_spectrum(np.arange(1.0, n + 1) ** -2, seed=2)
+    x = np.stack([noise @ noise.T, few @ few.T, steep]).astype("float32")
+    bases = np.asarray(compiled(iterated_eigenbasis, jnp.asarray(x)))
+    assert_orthonormal(bases)
+    for matrix, basis in zip(x, bases, strict=True):
+        assert off_diagonal(matrix, np.eye(n)) > 0.4
+        # Neighbours of eigenvalues 1 % apart are still mixed after 32 iterations.
+        assert off_diagonal(matrix, basis) < 0.03
+        values = np.sum(basis * (matrix @ basis), axis=0)
+        assert (np.diff(values) <= 0.03 * values[0]).all()
+
+
+def test_iterations_of_extreme_matrices() -> None:
+    rng = np.random.default_rng(0)
+    g = rng.standard_normal((N, 2))
+    x = np.stack([1e30 * g @ g.T, 1e-30 * g @ g.T, np.zeros((N, N)), np.eye(N)])
+    bases = np.asarray(compiled(iterated_eigenbasis, jnp.asarray(x, "float32")))
+    assert_orthonormal(bases)
+    np.testing.assert_array_equal(np.abs(bases[2:]), np.stack([np.eye(N)] * 2))
+    x[0, 1, 2] = x[1, 0, 0] = np.nan
+    bases = np.asarray(compiled(iterated_eigenbasis, jnp.asarray(x, "float32")))
+    assert np.isnan(bases[:2]).all()
+    assert_orthonormal(bases[2:])
 
 
 # Groups

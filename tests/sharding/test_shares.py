@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from optaxplus.numerics.matrix_roots import in_groups, in_turn_on_cpus
+from optaxplus.numerics.matrix_roots import by_platform, in_groups
 from optaxplus.sharding.owners import shared
 from tests.numerics.symmetric import compiled, equations
 from tests.sharding.meshes import make_mesh
@@ -66,7 +66,7 @@ def test_work_is_shared_before_it_is_done_in_turn(
     share = -(-11 // devices)
 
     def groups(x: jax.Array) -> tuple[jax.Array, ...]:
-        function = in_turn_on_cpus(lambda x: tuple(jnp.linalg.qr(x)))
+        function = by_platform(lambda x: tuple(jnp.linalg.qr(x)))
         return in_groups(shared(function, copies), [x])[0]
 
     mesh = make_mesh(AxisType.Auto, **BOTH)
