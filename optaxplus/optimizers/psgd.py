@@ -7,6 +7,7 @@ import optax
 from optaxplus.custom_types import Axes, DTypeName, Mask, Scalar, ScalarOrSchedule
 from optaxplus.optimizers.matrix import Fallback, matrices_and_others
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
+from optaxplus.sharding.placement import Placement
 from optaxplus.transforms.psgd import scale_by_kron
 
 __all__ = ["kron"]
@@ -23,6 +24,7 @@ def kron(
     warmup_steps: int = 500,
     interval_growth: Scalar | None = 1e-3,
     max_dim: int = 8192,
+    large_dims: str = "diagonal",
     max_update_rms: Scalar | None = 1.1,
     seed: int = 0,
     weight_decay: ScalarOrSchedule = 0.1,
@@ -37,6 +39,7 @@ def kron(
     mu_dtype: DTypeName = "float32",
     nu_dtype: DTypeName = "float32",
     factor_dtype: DTypeName = "float32",
+    placement: Placement | str | None = "auto",
     fallback: Fallback = None,
 ) -> optax.GradientTransformationExtraArgs:
     """PSGD-Kron: matrices whitened by Kronecker factors that are fitted to them.
@@ -74,7 +77,9 @@ def kron(
         Static.
       interval_growth: After these the interval is exp(interval_growth·steps), up to
         `update_interval`. >= 0; None: `update_interval` at once. Static if None.
-      max_dim: A longer side has a diagonal factor, >= 1. Static.
+      max_dim: Largest side that has a triangular factor, >= 1. Static.
+      large_dims: What becomes of larger sides, "diagonal" or "tiles", see
+        `optaxplus.scale_by_kron`. Static.
       max_update_rms: Largest root mean square of a matrix of the update, > 0, or None
         for no limit. Static if None.
       seed: Of the random numbers of the fit. Static.
@@ -94,6 +99,7 @@ def kron(
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of AdamW's second moment. Static.
       factor_dtype: Dtype of the factors between steps. Static.
+      placement: Which device does the work, see `optaxplus.custom_types`. Static.
       fallback: Replaces AdamW, see `optaxplus.muon`. Static.
 
     Returns:
@@ -103,7 +109,7 @@ def kron(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter or a label has no transformation.
+        parameter, a label has no transformation, or a side has no equal tiles.
 
     References:
       Li, arXiv 1512.04202, arXiv 2402.11858.
@@ -119,11 +125,13 @@ def kron(
             warmup_steps=warmup_steps,
             interval_growth=interval_growth,
             max_dim=max_dim,
+            large_dims=large_dims,
             max_update_rms=max_update_rms,
             seed=seed,
             axes=axes,
             mu_dtype=mu_dtype,
             factor_dtype=factor_dtype,
+            placement=placement,
         )
 
     return matrices_and_others(
@@ -142,6 +150,6 @@ def kron(
         adamw_weight_decay=adamw_weight_decay,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
-        placement=None,
+        placement=placement,
         fallback=fallback,
     )

@@ -1,9 +1,10 @@
-"""What Shampoo and SOAP share: a factor for each side of every matrix, and who has it.
+"""A factor for each side of every matrix, and who has it: for Shampoo, SOAP and Kron.
 
     L ≈ E[G·Gᵀ]  of fan_in,  R ≈ E[Gᵀ·G]  of fan_out          for each matrix G
 
 A side above `max_dim` is cut into tiles (`large_dims="tiles"`) or keeps the diagonal of
-its factor alone (`"diagonal"`). A vector has the factor of fan_out alone, or none.
+its factor alone (`"diagonal"`). A vector has the factor of fan_out alone, diagonals, or
+none.
 Factors of splits of several widths are filled up with zeros to the widest.
 """
 
@@ -21,7 +22,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxplus import trees, validation
-from optaxplus.custom_types import Axes, PyTree
+from optaxplus.custom_types import Axes, DTypeName, PyTree
 from optaxplus.numerics.explicit_axes import explicit_axes, left_to_compiler
 from optaxplus.numerics.matrix_axes import (
     MatrixAxes,
@@ -87,9 +88,17 @@ def sides_of(
     max_dim: int,
     large_dims: str,
     *,
-    has_vectors: bool,
+    vectors: tuple[str, str],
 ) -> list[Sides]:
-    """The sides of every leaf of a tree; whether vectors have factors is said.
+    """The sides of every leaf of a tree.
+
+    Args:
+      name: Of the caller, for messages.
+      axes: See `optaxplus.custom_types`.
+      tree: Parameters, or what is like them.
+      max_dim: Largest side that has a full factor.
+      large_dims: Of `LARGE_DIMS`.
+      vectors: Kinds of both sides of a vector, where a matrix has "full" ones.
 
     Raises:
       ValueError: If a side cannot be cut evenly, with its path.
@@ -117,7 +126,8 @@ def sides_of(
                 "full" if size <= max_dim else "diagonal" for size in tiling.size
             )
             if not own.fan_in:
-                fan_in, fan_out = "none", fan_out if has_vectors else "none"
+                fan_in = fan_in if vectors[0] == "full" else vectors[0]
+                fan_out = fan_out if vectors[1] == "full" else vectors[1]
             kinds.append((fan_in, fan_out))
         results.append(Sides(own, leaf.shape, tilings, tuple(kinds)))
     return results
@@ -136,27 +146,33 @@ def _tilings(
 
 
 def init_side(
-    params: PyTree, sides: Sequence[Sides], side: int, kinds: Sequence[str]
+    params: PyTree,
+    sides: Sequence[Sides],
+    side: int,
+    kinds: Sequence[str],
+    dtype: DTypeName = "float32",
 ) -> PyTree:
     """Zeros for the factors of one side, on the devices of their parameter.
 
-    A leaf whose side has none of these kinds has `optax.MaskedNode()`.
+    "float32" stands for the width of the arithmetic. A leaf whose side has none of
+    these kinds has `optax.MaskedNode()`.
     """
 
     def zeros(param: jax.Array, own: Sides) -> Any:
         shape = own.factor_shape(side, kinds)
         if shape is None:
             return optax.MaskedNode()
-        dtype = trees.compute_dtype(param.dtype)
+        wide = trees.compute_dtype(param.dtype)
+        stored = wide if jnp.dtype(dtype) == jnp.float32 else jnp.dtype(dtype)
         sharding = sharding_of(param)
         if sharding is None:
-            return jnp.zeros(shape, dtype)
+            return jnp.zeros(shape, stored)
         sizes = {n: s for n, s in sharding.mesh.shape.items() if s > 1}
         spec = _factor_spec(own, sharding.spec, side, shape, sizes)
         placed = NamedSharding(sharding.mesh, spec)
         if explicit_axes(sharding.mesh):
-            return jnp.zeros(shape, dtype, out_sharding=placed)
-        return jnp.zeros(shape, dtype, device=placed)
+            return jnp.zeros(shape, stored, out_sharding=placed)
+        return jnp.zeros(shape, stored, device=placed)
 
     leaves, structure = jax.tree.flatten(params)
     return structure.unflatten(
@@ -371,8 +387,8 @@ def _put_back(
     if explicit_axes(found.mesh):
         shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
         return left_to_compiler(joined, *arrays, shardings=shardings)
-    # Nothing tells how an update is to lie but the first moment.
-    lying = like._replace(**{like._fields[0]: like[1]})
+    # Nothing tells how an update is to lie but the first moment, if there is one.
+    lying = like._replace(**{like._fields[0]: like[1 if fields.moments else 0]})
     return jax.tree.map(
         lambda x, y: lying_as(lax.optimization_barrier(x), y), joined(*arrays), lying
     )

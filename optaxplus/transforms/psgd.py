@@ -29,33 +29,30 @@ ever); magnitudes are split off, so that nothing overflows; mean|M̂| and RMS(U)
 those of one matrix.
 """
 
-import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
-from optaxplus.numerics.explicit_axes import explicit_axes, left_to_compiler
 from optaxplus.numerics.hyperparameters import as_decay_rate
-from optaxplus.numerics.matrix_axes import (
-    MatrixAxes,
-    block_axes,
-    from_matrices,
-    split_columns,
-    to_matrices,
-)
-from optaxplus.numerics.matrix_sides import side_by_side, split_shapes
 from optaxplus.numerics.moving_averages import bias_correction, mix
 from optaxplus.numerics.whitening import fit_factors, precondition
-from optaxplus.partition.inference import axes_of
-from optaxplus.sharding.placement import sharding_of
+from optaxplus.sharding.alike import lying_as
+from optaxplus.sharding.placement import Placement, check_placement, check_specs
+from optaxplus.transforms.kronecker import (
+    Fields,
+    Sides,
+    check_max_dim,
+    init_side,
+    on_matrices,
+    sides_of,
+)
 
 __all__ = ["ScaleByKronState", "scale_by_kron"]
 
@@ -63,212 +60,126 @@ __all__ = ["ScaleByKronState", "scale_by_kron"]
 class ScaleByKronState(NamedTuple):
     """State of `scale_by_kron`.
 
-    The factor of one matrix has shape (side, side) if it is triangular and (side, 1) if
-    it is diagonal, float32 (float64 for float64 parameters). Those of splits stand side
-    by side, filled up with rows of zeros.
+    The factors of a side of n have shape (*batch axes, tiles, n, n) if they are
+    triangular and (*batch axes, tiles, n, 1) if they are diagonal, float32 (float64 for
+    float64 parameters). Splits are tiles; those of several widths are filled up with
+    zeros to the widest.
     """
 
     count: jax.Array  # shape (), int32: finished updates
     refreshed: jax.Array  # shape (), int32: the last of them that fitted the factors
     mu: PyTree  # like the parameters: momentum M
-    factor_in: PyTree  # (*batch axes, fan_in, fan_in or 1): L
-    factor_out: PyTree  # (*batch axes, fan_out, fan_out or 1): R
+    factor_in: PyTree  # L
+    factor_out: PyTree  # R
 
 
-class _Matrix(NamedTuple):
-    """Sides of one matrix, and how many columns their factors have."""
+class _Leaf(NamedTuple):
+    """Arrays (..., m, n), (..., m, m or 1) and (..., n, n or 1) of one parameter."""
 
-    rows: int
-    columns: int
-    rows_width: int
-    columns_width: int
-
-
-def _layout(axes: MatrixAxes, shape: tuple[int, ...], max_dim: int) -> list[_Matrix]:
-    """The matrices that `splits` stores side by side; one if there are none."""
-
-    def width(side: int) -> int:
-        return side if axes.is_matrix and side <= max_dim else 1
-
-    return [
-        _Matrix(rows, columns, width(rows), width(columns))
-        for rows, columns in split_shapes(axes, shape)
-    ]
+    update: jax.Array  # M̂ before the step
+    factor_in: jax.Array
+    factor_out: jax.Array
 
 
-def _apart(
-    left: jax.Array, right: jax.Array, layout: list[_Matrix]
-) -> list[tuple[jax.Array, jax.Array]]:
-    """The factors of each matrix, in float32 at least."""
-    lefts = split_columns(trees.widen(left), tuple(s.rows_width for s in layout))
-    rights = split_columns(trees.widen(right), tuple(s.columns_width for s in layout))
-    return [
-        (q, r[..., : sides.columns, :])
-        for q, r, sides in zip(lefts, rights, layout, strict=True)
-    ]
+_FIELDS = Fields(
+    moments=0,
+    sides=(0, 1),
+    kinds=("full", "diagonal"),
+    slow=frozenset({"factor_in", "factor_out"}),
+)
+# A vector is a matrix of one row.
+_OF_VECTORS = ("diagonal", "diagonal")
 
 
-def _precondition_leaf(
-    m: jax.Array,
-    left: jax.Array,
-    right: jax.Array,
-    *,
-    axes: MatrixAxes,
-    max_dim: int,
-    max_update_rms: Scalar | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(U, L, R) of M̂: as many results as there are arrays, and placed as those are."""
-    if m.size == 0:
-        return m, left, right
-    factors = _apart(left, right, _layout(axes, m.shape, max_dim))
-    updates = [
-        precondition(matrices, *factors, max_update_rms)
-        for matrices, factors in zip(
-            split_columns(to_matrices(m, axes), axes.splits), factors, strict=True
-        )
-    ]
-    return from_matrices(jnp.concatenate(updates, -1), axes, m.shape), left, right
-
-
-def _refresh_leaf(
-    m: jax.Array,
-    left: jax.Array,
-    right: jax.Array,
-    *,
-    axes: MatrixAxes,
-    max_dim: int,
-    seed: int,
-    count: jax.Array,
-    rate: Scalar,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(M̂, L, R) with fitted factors."""
-    if m.size == 0:
-        return m, left, right
-    layout = _layout(axes, m.shape, max_dim)
+def _fitted(
+    leaf: _Leaf, count: jax.Array, rate: jax.Array, seed: int
+) -> tuple[jax.Array, jax.Array]:
+    """L and R, fitted to M̂."""
+    m, left, right = leaf
+    if not m.size:
+        return left, right
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), count)
-    pairs = [
-        fit_factors(matrices, *factors, _noise(key, sides).astype(m.dtype), rate)
-        for matrices, factors, sides in zip(
-            split_columns(to_matrices(m, axes), axes.splits),
-            _apart(left, right, layout),
-            layout,
-            strict=True,
-        )
-    ]
-    lefts, rights = ([pair[side] for pair in pairs] for side in (0, 1))
-    return (
-        m,
-        side_by_side(lefts).astype(left.dtype),
-        side_by_side(rights).astype(right.dtype),
+    noise = _noise(key, *m.shape[-2:]).astype(m.dtype)
+    new = fit_factors(
+        m, trees.widen(left), trees.widen(right), noise, trees.scalar_for(rate, m)
     )
+    return trees.cast_like(new, (left, right))
 
 
-def _noise(key: jax.Array, sides: _Matrix) -> jax.Array:
+def _noise(key: jax.Array, rows: int, columns: int) -> jax.Array:
     """V: float32, and the same for all matrices of one shape.
 
     So it depends neither on the tree nor on how matrices are stacked or placed.
     """
-    for side in (sides.rows, sides.columns):
+    for side in (rows, columns):
         key = jax.random.fold_in(key, side)
-    return jax.random.normal(key, (sides.rows, sides.columns), jnp.float32)
+    return jax.random.normal(key, (rows, columns), jnp.float32)
 
 
 # Compiled by itself so that an update outside of `jax.jit` compiles the branch once.
-@partial(jax.jit, static_argnames=("axes", "max_dim", "seed"), inline=True)
-def _refresh_if(
+@partial(jax.jit, static_argnames="seed", inline=True)
+def _refreshed(
     is_due: jax.Array,
-    momenta: list[jax.Array],
-    lefts: list[jax.Array],
-    rights: list[jax.Array],
+    leaves: list[_Leaf],
     count: jax.Array,
     rate: jax.Array,
-    *,
-    axes: tuple[MatrixAxes, ...],
-    max_dim: int,
     seed: int,
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The factors of all leaves, fitted to M̂ if `is_due`."""
-
-    def refresh() -> tuple[list[jax.Array], list[jax.Array]]:
-        new = [
-            left_to_compiler(
-                _refresh_leaf,
-                *arrays,
-                axes=leaf_axes,
-                max_dim=max_dim,
-                seed=seed,
-                count=count,
-                rate=trees.scalar_for(rate, arrays[0]),
-            )
-            for *arrays, leaf_axes in zip(momenta, lefts, rights, axes, strict=True)
-        ]
-        return [left for _, left, _ in new], [right for _, _, right in new]
-
-    return lax.cond(is_due, refresh, lambda: (lefts, rights))
+) -> list[_Leaf]:
+    """The leaves with factors that are fitted if that `is_due`."""
+    factors = lax.cond(
+        is_due,
+        lambda leaves: [_fitted(leaf, count, rate, seed) for leaf in leaves],
+        # What comes out of a branch is copied there, changed or not.
+        lambda leaves: [(leaf.factor_in, leaf.factor_out) for leaf in leaves],
+        leaves,
+    )
+    return [_Leaf(leaf.update, *q) for leaf, q in zip(leaves, factors, strict=True)]
 
 
-def _factor_shardings(
-    param: jax.Array, axes: MatrixAxes, shapes: Sequence[tuple[int, ...]]
-) -> list[NamedSharding] | None:
-    """Of L and R: rows as their side, columns as the other one, where they divide.
+def _kron(
+    leaves: list[_Leaf],
+    *,
+    is_due: jax.Array,
+    copies: tuple[str, ...],
+    count: jax.Array,
+    rate: jax.Array,
+    seed: int,
+    max_update_rms: Scalar | None,
+) -> list[_Leaf]:
+    """One step of all leaves: U in place of M̂."""
+    # Along axes that repeat parameters the fit, which is cheap, is repeated too.
+    del copies
 
-    None where the parameter does not say how it lies.
-    """
-    sharding = sharding_of(param)
-    if sharding is None:
-        return None
-    spec = (*sharding.spec, *(None,) * (param.ndim - len(sharding.spec)))
-    batch = [entry for a, entry in enumerate(spec) if a not in block_axes(axes)]
-
-    def entry(side: tuple[int, ...], size: int) -> tuple[Any, ...] | None:
-        entries = [spec[axis] for axis in side if spec[axis] is not None]
-        names = [n for e in entries for n in (e if isinstance(e, tuple) else (e,))]
-        pieces = math.prod(sharding.mesh.shape[name] for name in names)
-        return tuple(names) if names and size % pieces == 0 else None
-
-    sides = (axes.fan_in, axes.fan_out)
-    return [
-        NamedSharding(
-            sharding.mesh,
-            PartitionSpec(*batch, entry(own, rows), entry(other, columns)),
+    def update(leaf: _Leaf) -> jax.Array:
+        if not leaf.update.size:
+            return leaf.update
+        limit = max_update_rms
+        return precondition(
+            leaf.update,
+            trees.widen(leaf.factor_in),
+            trees.widen(leaf.factor_out),
+            None if limit is None else trees.scalar_for(limit, leaf.update),
         )
-        for (rows, columns), own, other in zip(shapes, sides, sides[::-1], strict=True)
+
+    return [
+        leaf._replace(update=update(leaf))
+        for leaf in _refreshed(is_due, leaves, count, rate, seed)
     ]
 
 
-def _identities(
-    param: jax.Array, axes: MatrixAxes, max_dim: int, scale: Scalar, dtype: DTypeName
-) -> tuple[jax.Array, ...]:
-    """The factors to start from: `scale` on all diagonals."""
-    layout = _layout(axes, param.shape, max_dim)
-    wide = trees.compute_dtype(param.dtype)
-    dtype = wide if jnp.dtype(dtype) == jnp.float32 else jnp.dtype(dtype)
-
-    def one(side: int, width: int) -> jax.Array:
-        diagonal = jnp.eye(side) if width > 1 else jnp.ones((side, width))
-        return (diagonal.astype(wide) * scale).astype(dtype)
-
-    blocks = (
-        side_by_side([one(sides.rows, sides.rows_width) for sides in layout]),
-        side_by_side([one(sides.columns, sides.columns_width) for sides in layout]),
-    )
-    batch = tuple(n for a, n in enumerate(param.shape) if a not in block_axes(axes))
-    zeros = jnp.zeros_like(param, dtype=wide)
-    placed = _factor_shardings(zeros, axes, [block.shape for block in blocks])
-    if placed is None or explicit_axes(placed[0].mesh):
-        # The parameter is there for its mesh.
-        return left_to_compiler(
-            lambda _, *blocks: tuple(
-                jnp.broadcast_to(block, (*batch, *block.shape)) for block in blocks
-            ),
-            *(zeros, *blocks),
-            shardings=None if placed is None else tuple(placed),
-        )
-    return tuple(
-        jnp.zeros((*batch, *block.shape), dtype, device=sharding)
-        + block.reshape(*(1,) * len(batch), *block.shape)
-        for block, sharding in zip(blocks, placed, strict=True)
-    )
+def _identities(zeros: jax.Array, own: Sides, side: int, scale: Scalar) -> jax.Array:
+    """The factors of one side to start from: `scale` on all diagonals."""
+    blocks = []
+    for tiling, kinds in zip(own.tilings, own.kinds, strict=True):
+        n = tiling.size[side]
+        block = np.zeros(zeros.shape[-2:], np.float32)
+        if kinds[side] == "full":
+            block[:n, :n] = np.eye(n)
+        else:
+            block[:n, 0] = 1.0
+        blocks += [block] * tiling.batch[-1]
+    stack = jnp.asarray(blocks).reshape(*(1,) * (zeros.ndim - 3), *zeros.shape[-3:])
+    return zeros + (trees.scalar_for(scale, zeros) * stack).astype(zeros.dtype)
 
 
 def scale_by_kron(
@@ -280,11 +191,13 @@ def scale_by_kron(
     warmup_steps: int = 500,
     interval_growth: Scalar | None = 1e-3,
     max_dim: int = 8192,
+    large_dims: str = "diagonal",
     max_update_rms: Scalar | None = 1.1,
     seed: int = 0,
     axes: Axes = None,
     mu_dtype: DTypeName = "float32",
     factor_dtype: DTypeName = "float32",
+    placement: Placement | str | None = "auto",
 ) -> optax.GradientTransformation:
     """Whitens the momentum of every matrix by two factors that are fitted to it.
 
@@ -307,7 +220,10 @@ def scale_by_kron(
         Static.
       interval_growth: After these the interval is exp(interval_growth·steps), up to
         `update_interval`. >= 0; None: `update_interval` at once. Static if None.
-      max_dim: A longer side has a diagonal factor, >= 1. Static.
+      max_dim: Largest side that has a triangular factor, >= 1. Static.
+      large_dims: What becomes of larger sides: "diagonal" gives them a diagonal factor,
+        "tiles" cuts them into equal tiles of at most `max_dim`, each a matrix of its
+        own. Static.
       max_update_rms: Largest root mean square of a matrix or vector of the update, > 0,
         or None for no limit. Static if None.
       seed: Seed of V, >= 0; V depends on it, on the step and on the shape of a matrix.
@@ -316,6 +232,7 @@ def scale_by_kron(
         its factors are diagonal.
       mu_dtype: Dtype of the momentum, see `optaxplus.custom_types`. Static.
       factor_dtype: Dtype of the factors between steps, as `mu_dtype`. Static.
+      placement: Which device does the work, see `optaxplus.custom_types`. Static.
 
     Returns:
       A transformation with state `ScaleByKronState`; emits float32. Under
@@ -328,14 +245,15 @@ def scale_by_kron(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not real floating
         point.
-      ValueError: If an argument is out of range or axes do not fit.
+      ValueError: If an argument is out of range, axes or specs do not fit, or a side
+        has no equal tiles between a quarter of `max_dim` and `max_dim`.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox
       >>> tx = optax.chain(ox.scale_by_kron(max_dim=32), ox.descend(3e-4, 0.1))
       >>> state = tx.init({"w": jnp.ones((64, 16))})
       >>> state[0].factor_in["w"].shape, state[0].factor_out["w"].shape
-      ((64, 1), (16, 16))
+      ((1, 64, 1), (1, 16, 16))
 
     References:
       Li, arXiv 1512.04202, arXiv 2402.11858; psgd_jax.
@@ -354,11 +272,11 @@ def scale_by_kron(
         validation.check_non_negative(name, interval_growth=interval_growth)
     if max_update_rms is not None:
         validation.check_positive(name, max_update_rms=max_update_rms)
-    validation.check_int(
-        name, minimum=1, update_interval=update_interval, max_dim=max_dim
-    )
+    validation.check_int(name, minimum=1, update_interval=update_interval)
     validation.check_int(name, minimum=0, warmup_steps=warmup_steps, seed=seed)
     validation.check_floating_dtype(name, mu_dtype=mu_dtype, factor_dtype=factor_dtype)
+    check_max_dim(name, max_dim, large_dims)
+    check_placement(name, placement)
     b1 = as_decay_rate(b1)
 
     def interval(count: jax.Array) -> jax.Array:
@@ -368,64 +286,64 @@ def scale_by_kron(
         growth = trees.scalar_for(interval_growth, past)
         return jnp.minimum(jnp.exp(growth * past), update_interval)
 
+    def sides(tree: PyTree) -> list[Sides]:
+        return sides_of(name, axes, tree, max_dim, large_dims, vectors=_OF_VECTORS)
+
     def init_fn(params: PyTree) -> ScaleByKronState:
         trees.check_floating(name, params, real=True)
+        check_specs(name, placement, params)
+        cut = sides(params)
+        scale = jnp.sqrt(jnp.asarray(init_scale, jnp.result_type(float)))
 
-        def leaf(param: jax.Array, leaf_axes: MatrixAxes) -> tuple[jax.Array, ...]:
-            scale = jnp.sqrt(trees.scalar_for(init_scale, param))
-            scale = scale.astype(trees.compute_dtype(param.dtype))
-            return _identities(param, leaf_axes, max_dim, scale, factor_dtype)
+        def factors(side: int) -> PyTree:
+            zeros = init_side(params, cut, side, _FIELDS.kinds, factor_dtype)
+            leaves, structure = jax.tree.flatten(zeros)
+            return structure.unflatten(
+                [
+                    _identities(x, own, side, scale)
+                    for x, own in zip(leaves, cut, strict=True)
+                ]
+            )
 
-        left, right = trees.map_several(leaf, 2, params, axes_of(name, axes, params))
         return ScaleByKronState(
             count=jnp.zeros([], jnp.int32),
             refreshed=jnp.zeros([], jnp.int32),
             mu=trees.init_moment(name, params, mu_dtype),
-            factor_in=left,
-            factor_out=right,
+            factor_in=factors(0),
+            factor_out=factors(1),
         )
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, ScaleByKronState]:
         del params
-        leaf_axes = axes_of(name, axes, updates)
         count = trees.increment(state.count)
         correction = bias_correction(b1, count)
 
         def momentum(g: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
             wide = trees.widen(g)
             m = mix(trees.scalar_for(b1, g), mu.astype(wide.dtype), wide)
-            return m / trees.scalar_for(correction, g), m.astype(mu.dtype)
+            # Before M̂ is moved to who owns its matrix it lies as the parameter.
+            unbiased = lying_as(m / trees.scalar_for(correction, g), mu)
+            return unbiased, lying_as(m.astype(mu.dtype), mu)
 
         momenta, mu = trees.map_several(momentum, 2, updates, state.mu)
         passed = count - state.refreshed
         is_due = passed.astype(jnp.result_type(float)) >= interval(count)
-        left, right = _refresh_if(
-            is_due,
-            *map(jax.tree.leaves, (momenta, state.factor_in, state.factor_out)),
-            count,
-            jnp.asarray(preconditioner_learning_rate, jnp.result_type(float)),
-            axes=tuple(jax.tree.leaves(leaf_axes)),
-            max_dim=max_dim,
+        updates, left, right = on_matrices(
+            name,
+            _kron,
+            _Leaf,
+            _FIELDS,
+            (momenta, state.factor_in, state.factor_out),
+            sides(updates),
+            placement,
+            is_due=is_due,
+            count=count,
+            rate=jnp.asarray(preconditioner_learning_rate, jnp.result_type(float)),
             seed=seed,
+            max_update_rms=max_update_rms,
         )
-        structure = jax.tree.structure(updates)
-        left, right = (jax.tree.unflatten(structure, q) for q in (left, right))
-
-        def leaf(
-            m: jax.Array, left: jax.Array, right: jax.Array, leaf_axes: MatrixAxes
-        ) -> tuple[jax.Array, ...]:
-            limit = max_update_rms
-            return left_to_compiler(
-                _precondition_leaf,
-                *(m, left, right),
-                axes=leaf_axes,
-                max_dim=max_dim,
-                max_update_rms=None if limit is None else trees.scalar_for(limit, m),
-            )
-
-        updates, *_ = trees.map_several(leaf, 3, momenta, left, right, leaf_axes)
         refreshed = jnp.where(is_due, count, state.refreshed)
         return updates, ScaleByKronState(count, refreshed, mu, left, right)
 

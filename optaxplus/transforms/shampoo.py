@@ -434,7 +434,9 @@ def scale_by_shampoo(
     def init_fn(params: PyTree) -> ScaleByShampooState:
         trees.check_floating(name, params, real=True)
         check_specs(name, placement, params)
-        sides = sides_of(name, axes, params, max_dim, large_dims, has_vectors=True)
+        sides = sides_of(
+            name, axes, params, max_dim, large_dims, vectors=("none", "full")
+        )
         factors = [init_side(params, sides, side, _FIELDS.kinds) for side in (0, 1)]
         has_nu = grafting in ("adagrad", "adam")
         return ScaleByShampooState(
@@ -457,7 +459,9 @@ def scale_by_shampoo(
             _Leaf,
             _FIELDS,
             (jax.tree.map(trees.widen, updates), *state[1:]),
-            sides_of(name, axes, updates, max_dim, large_dims, has_vectors=True),
+            sides_of(
+                name, axes, updates, max_dim, large_dims, vectors=("none", "full")
+            ),
             placement,
             is_due=state.count % update_interval == 0,
             b1=b1,

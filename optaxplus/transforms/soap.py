@@ -297,7 +297,9 @@ def scale_by_soap(
     def init_fn(params: PyTree) -> ScaleBySoapState:
         trees.check_floating(name, params, real=True)
         check_specs(name, placement, params)
-        sides = sides_of(name, axes, params, max_dim, large_dims, has_vectors=False)
+        sides = sides_of(
+            name, axes, params, max_dim, large_dims, vectors=("none", "none")
+        )
         factors = [init_side(params, sides, side, _FIELDS.kinds) for side in (0, 1)]
         return ScaleBySoapState(
             jnp.zeros([], jnp.int32),
@@ -319,7 +321,9 @@ def scale_by_soap(
             _Leaf,
             _FIELDS,
             (jax.tree.map(trees.widen, updates), *state[1:]),
-            sides_of(name, axes, updates, max_dim, large_dims, has_vectors=False),
+            sides_of(
+                name, axes, updates, max_dim, large_dims, vectors=("none", "none")
+            ),
             placement,
             is_due=state.count % update_interval == 0,
             is_first=state.count == 0,

@@ -73,6 +73,7 @@ def test_reference(shape, arguments, theirs, x64):
             (state.factor_in, step.left),
             (state.factor_out, step.right),
         ):
+            (ours,) = ours
             ours = np.diag(ours[:, 0]) if ours.shape[-1] == 1 else ours
             full = full / np.abs(full).max()
             assert_trees_close(ours / np.abs(ours).max(), full, rtol=3e-7)
@@ -219,26 +220,38 @@ def test_splits_have_factors_of_their_own():
     grads = gradients((2, 4, 10), steps=2)
     updates, states = follow(grads, axes=axes, **arguments)
     shapes = states[-1].factor_in.shape, states[-1].factor_out.shape
-    assert shapes == ((2, 4, 4 + 4), (2, 7, 3 + 1))
+    # A tile for each split, filled up to the widest.
+    assert shapes == ((2, 2, 4, 4), (2, 2, 7, 3))
     for part, columns in enumerate((slice(0, 3), slice(3, 10))):
         parts = [g[..., columns] for g in grads]
         expected, after = follow(parts, axes=STACK, **arguments)
         for ours, theirs in zip(updates, expected, strict=True):
             assert_trees_close(ours[..., columns], theirs, rtol=2e-6)
-        left = states[-1].factor_in[..., 4 * part : 4 * part + 4]
+        left, right = states[-1].factor_in[:, [part]], states[-1].factor_out[:, [part]]
         assert_trees_close(left, after[-1].factor_in, rtol=2e-6)
-        right = states[-1].factor_out[..., slice(0, 3) if part == 0 else slice(3, 4)]
-        size = after[-1].factor_out.shape[-2]
-        assert_trees_close(right[..., :size, :], after[-1].factor_out, rtol=2e-6)
-        assert not right[..., size:, :].any()
+        size, width = after[-1].factor_out.shape[-2:]
+        kept = right[..., :size, :width]
+        assert_trees_close(kept, after[-1].factor_out, rtol=2e-6)
+        assert np.count_nonzero(right) == np.count_nonzero(kept)
+
+
+@slow
+def test_tiles_are_matrices_of_their_own():
+    grads = gradients((8, 6), steps=3)
+    ours, states = follow(grads, max_dim=4, large_dims="tiles")
+    assert states[-1].factor_in.shape == (4, 4, 4)
+    tiles = [g.reshape(2, 4, 2, 3).swapaxes(1, 2) for g in grads]
+    expected, _ = follow(tiles, axes=STACK)
+    for update, wanted in zip(ours, expected, strict=True):
+        assert_trees_close(update, wanted.swapaxes(1, 2).reshape(8, 6), rtol=2e-6)
 
 
 @slow
 def test_vectors_are_matrices_of_one_row():
     vectors = gradients({"b": (5,), "s": ()}, steps=3)
     updates, states = follow(vectors)
-    assert states[-1].factor_out["b"].shape == (5, 1)
-    assert states[-1].factor_in["s"].shape == (1, 1)
+    assert states[-1].factor_out["b"].shape == (1, 5, 1)
+    assert states[-1].factor_in["s"].shape == (1, 1, 1)
     rows = [jax.tree.map(lambda g: g.reshape(1, -1), g) for g in vectors]
     expected, _ = follow(rows, max_dim=1, axes=MatrixAxes((0,), (1,)))
     for ours, theirs in zip(updates, expected, strict=True):

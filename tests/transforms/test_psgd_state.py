@@ -14,6 +14,7 @@ from tests.assertions import assert_finite, assert_trees_close, assert_trees_equ
 from tests.transforms.kron_runs import STACK, follow, gradients, normal, start
 
 MATRIX = MatrixAxes((0,), (1,))
+TILES = {"large_dims": "tiles"}
 
 
 # State
@@ -22,16 +23,17 @@ MATRIX = MatrixAxes((0,), (1,))
 @pytest.mark.parametrize(
     ("shape", "axes", "arguments", "expected"),
     [
-        ((6, 4), MATRIX, {}, ((6, 6), (4, 4))),
-        ((6, 4), MATRIX, {"max_dim": 5}, ((6, 1), (4, 4))),
-        ((6, 4), MATRIX, {"max_dim": 3}, ((6, 1), (4, 1))),
-        ((1, 4), MATRIX, {}, ((1, 1), (4, 4))),
-        ((4,), MatrixAxes((), (0,)), {}, ((1, 1), (4, 1))),
-        ((3, 4), MatrixAxes((), (1,)), {}, ((3, 1, 1), (3, 4, 1))),
-        ((2, 3, 4, 5), MatrixAxes((0, 2), (3,)), {}, ((3, 8, 8), (3, 5, 5))),
-        ((4, 9), MatrixAxes((0,), (1,), (3, 3, 3)), {}, ((4, 12), (3, 9))),
-        ((4, 9), MatrixAxes((0,), (1,), (7, 2)), {}, ((4, 8), (7, 9))),
-        ((0, 4), MATRIX, {}, ((0, 0), (4, 4))),
+        ((6, 4), MATRIX, {}, ((1, 6, 6), (1, 4, 4))),
+        ((6, 4), MATRIX, {"max_dim": 5}, ((1, 6, 1), (1, 4, 4))),
+        ((6, 4), MATRIX, {"max_dim": 3}, ((1, 6, 1), (1, 4, 1))),
+        ((6, 4), MATRIX, {"max_dim": 3, **TILES}, ((4, 3, 3), (4, 2, 2))),
+        ((1, 4), MATRIX, {}, ((1, 1, 1), (1, 4, 4))),
+        ((4,), MatrixAxes((), (0,)), {}, ((1, 1, 1), (1, 4, 1))),
+        ((3, 4), MatrixAxes((), (1,)), {}, ((3, 1, 1, 1), (3, 1, 4, 1))),
+        ((2, 3, 4, 5), MatrixAxes((0, 2), (3,)), {}, ((3, 1, 8, 8), (3, 1, 5, 5))),
+        ((4, 9), MatrixAxes((0,), (1,), (3, 3, 3)), {}, ((3, 4, 4), (3, 3, 3))),
+        ((4, 9), MatrixAxes((0,), (1,), (7, 2)), {}, ((2, 4, 4), (2, 7, 7))),
+        ((0, 4), MATRIX, {}, ((1, 0, 0), (1, 4, 4))),
     ],
 )
 def test_shapes_of_factors(shape, axes, arguments, expected):
@@ -43,14 +45,14 @@ def test_shapes_of_factors(shape, axes, arguments, expected):
 
 def test_factors_start_from_the_identity():
     state = start(jnp.ones((2, 3, 7)), axes=MatrixAxes((1,), (2,), (2, 5)), max_dim=4)
-    scale = np.ones((2, 1, 1), np.float32)
-    left = np.concatenate([np.eye(3), np.eye(3)], axis=1)
-    right = np.zeros((5, 3))
-    right[:2, :2], right[:, 2] = np.eye(2), 1.0
-    np.testing.assert_array_equal(state.factor_in, scale * left)
-    np.testing.assert_array_equal(state.factor_out, scale * right)
+    # Two layers with a tile for each split, the first filled up to the second.
+    left = np.broadcast_to(np.eye(3), (2, 2, 3, 3))
+    right = np.zeros((2, 2, 5, 2))
+    right[:, 0, :2], right[:, 1, :, 0] = np.eye(2), 1.0
+    np.testing.assert_array_equal(state.factor_in, left)
+    np.testing.assert_array_equal(state.factor_out, right)
     scaled = start(jnp.ones((2, 3)), init_scale=0.25)
-    np.testing.assert_array_equal(scaled.factor_in, 0.5 * np.eye(2))
+    np.testing.assert_array_equal(scaled.factor_in, 0.5 * np.eye(2)[None])
 
 
 @pytest.mark.parametrize(
@@ -97,19 +99,19 @@ def shardings(state):
         (
             MatrixAxes((1,), (2,)),
             P(None, "x", "y"),
-            (P(None, "x", "y"), P(None, "y", "x")),
+            (P(None, None, "x", "y"), P(None, None, "y", "x")),
         ),
         (
             MatrixAxes((2,), (1,)),
             P(None, ("x", "y"), None),
-            (P(None, None, ("x", "y")), P(None, ("x", "y"), None)),
+            (P(None, None, None, ("x", "y")), P(None, None, ("x", "y"), None)),
         ),
         (MatrixAxes((1,), (2,)), P("x", None, None), (P("x"), P("x"))),
         # Two axes of one side.
         (
             MatrixAxes((0, 1), (2,)),
             P("x", "y", None),
-            (P(("x", "y"), None), P(None, ("x", "y"))),
+            (P(None, ("x", "y"), None), P(None, None, ("x", "y"))),
         ),
     ],
 )
@@ -144,8 +146,8 @@ def test_sides_that_do_not_divide_stay_whole():
     with jax.set_mesh(mesh):
         state = ox.scale_by_kron(axes=MATRIX, max_dim=7).init(g)
     # A diagonal factor has one column, and six rows are none for eight devices.
-    assert state.factor_in.sharding.spec == P("x", None)
-    assert state.factor_out.sharding.spec == P(None, None)
+    assert state.factor_in.sharding.spec == P(None, "x", None)
+    assert state.factor_out.sharding.spec == P(None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_many_devices_agree_with_one(kind):
     if kind is AxisType.Explicit:
         assert update.sharding.is_equivalent_to(placed[0].sharding, 2)
     for old, new in zip(before, shardings(state), strict=True):
-        assert new.is_equivalent_to(old, 2)
+        assert new.is_equivalent_to(old, 3)
     # Sums over devices in another order, amplified by the condition of the factors.
     assert_trees_close(jax.device_get(update), expected[-1], rtol=5e-6)
     assert_trees_close(jax.device_get(state), expected_states[-1], rtol=5e-6)
@@ -216,7 +218,7 @@ def test_empty_none_and_masked_leaves_pass():
     }
     (updates,), (after,) = follow([params], axes=STACK)
     assert_trees_equal(updates, params)
-    assert after.factor_in["layers"].shape == (0, 3, 3)
+    assert after.factor_in["layers"].shape == (0, 1, 3, 3)
     assert_trees_equal(after.factor_in, start(params, axes=STACK).factor_in)
 
 
