@@ -280,8 +280,12 @@ def test_eight_chips_move_whole_matrices_once(mode):
 
 @pytest.mark.parametrize(
     "rule",
-    [ox.scale_by_soap, partial(ox.scale_by_shampoo, root_method="newton")],
-    ids=["soap", "shampoo"],
+    [
+        ox.scale_by_soap,
+        partial(ox.scale_by_shampoo, root_method="newton"),
+        ox.scale_by_kron,
+    ],
+    ids=["soap", "shampoo", "kron"],
 )
 def test_eight_chips_move_matrices_and_what_belongs_to_them_once(rule):
     pytest.importorskip("libtpu", reason="install the extra `tpu` for the TPU compiler")
