@@ -34,7 +34,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
@@ -169,17 +168,17 @@ def _kron(
 
 def _identities(zeros: jax.Array, own: Sides, side: int, scale: Scalar) -> jax.Array:
     """The factors of one side to start from: `scale` on all diagonals."""
+    rows, columns = zeros.shape[-2:]
+    dtype = trees.compute_dtype(zeros.dtype)
     blocks = []
     for tiling, kinds in zip(own.tilings, own.kinds, strict=True):
         n = tiling.size[side]
-        block = np.zeros(zeros.shape[-2:], np.float32)
-        if kinds[side] == "full":
-            block[:n, :n] = np.eye(n)
-        else:
-            block[:n, 0] = 1.0
-        blocks += [block] * tiling.batch[-1]
-    stack = jnp.asarray(blocks).reshape(*(1,) * (zeros.ndim - 3), *zeros.shape[-3:])
-    return zeros + (trees.scalar_for(scale, zeros) * stack).astype(zeros.dtype)
+        is_full = kinds[side] == "full"
+        block = jnp.eye(n, dtype=dtype) if is_full else jnp.ones((n, 1), dtype)
+        block = jnp.pad(block, [(0, rows - n), (0, columns - block.shape[1])])
+        blocks.append(jnp.broadcast_to(block, (tiling.batch[-1], rows, columns)))
+    tiles = jnp.concatenate(blocks).reshape(*(1,) * (zeros.ndim - 3), *zeros.shape[-3:])
+    return zeros + (trees.scalar_for(scale, zeros) * tiles).astype(zeros.dtype)
 
 
 def scale_by_kron(
