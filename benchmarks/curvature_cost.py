@@ -15,6 +15,7 @@ update_time.py for what makes such ratios fair. Every step has the next of a few
 gradients, so that factors have their full rank. Nothing else should run, least of all
 here: decompositions are those of SciPy's OpenBLAS, whose threads wait for each other
 thousands of times, each time for a time slice of the system if a processor is busy.
+With the environment variable OPENBLAS_NUM_THREADS=1 they do not; it is written down.
 
 TPU: each step is compiled for one chip by libtpu, without one, and nothing is timed.
 From the program come products, those of float32 at the highest precision apart (six
@@ -34,7 +35,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import itertools
 import json
 import os
 import sys
@@ -52,13 +52,13 @@ import numpy as np
 import optax
 import pod_cost
 import update_time
-from curvature_methods import COUNTS, METHODS, before, field_of, given
+from curvature_methods import COUNTS, METHODS, MethodStep, before, given
 from hlo_cost import hlo_cost
 from hlo_traffic import hbm_bytes
 from jax.sharding import SingleDeviceSharding
 from muon_time import shapes
 from pod_devices import devices_of, found_apart, unavailable
-from update_time import JaxStep, quartiles
+from update_time import quartiles
 
 from optaxplus.report.tables import format_table
 
@@ -72,54 +72,6 @@ PASSES = 6  # Of the matrix unit for one float32 product of highest precision.
 CPU_WIDTHS, CPU_LAYERS = (512, 768), 2
 TPU_WIDTHS, TPU_LAYERS = (512,), 1
 README_WIDTH = 512
-
-
-class MethodStep(JaxStep):
-    """One step of a method, of the kind that was prepared."""
-
-    def __init__(self, name: str, width: int, params: Any, gradients: list[Any]):
-        self.method = METHODS[name]
-        self.tx = self.method.make(width)
-        pairs = zip(gradients, gradients[1:] + gradients[:1], strict=True)
-        inputs = [given(name, *pair) for pair in pairs]
-        super().__init__(self.tx, params, inputs[0])
-        self.inputs = itertools.cycle(inputs)
-        self.kept: Any = None
-
-    def prepare(self, kind: str) -> None:
-        """Makes the next step one of this kind, with the next gradient."""
-        self.grads = next(self.inputs)
-        if kind == "first":  # It forgets, so it gets a state of its own.
-            self.kept = self.params, self.state
-            self.params = jax.tree.map(jnp.copy, self.params)
-            self.state = jax.tree.map(jnp.copy, self.tx.init(self.params))
-        self.state = before(kind, self.state)
-        jax.block_until_ready((self.params, self.state))
-
-    def reset(self) -> None:
-        """Undoes a first step."""
-        if self.kept is not None:
-            (self.params, self.state), self.kept = self.kept, None
-
-    def slow(self) -> dict[str, np.ndarray]:
-        """What only refreshes change, copied."""
-        return {
-            jax.tree_util.keystr(path): np.array(leaf)
-            for path, leaf in jax.tree.leaves_with_path(self.state)
-            if field_of(path) in self.method.slow
-        }
-
-    def check(self) -> None:
-        """Runs every kind once, and raises if one refreshes that should not."""
-        for kind in self.method.kinds:
-            self.prepare(kind)
-            self.kept = None  # The state that follows the first step is a good one.
-            old = self.slow()
-            self()
-            new = self.slow()
-            changed = {not np.array_equal(new[name], old[name]) for name in old}
-            if old and changed != {kind != "plain"}:
-                raise AssertionError(f"{kind} step: slow fields changed: {changed}")
 
 
 def measure(

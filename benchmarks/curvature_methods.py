@@ -1,14 +1,21 @@
-"""The optimizers that curvature_cost.py compares, and which of their steps refresh."""
+"""The optimizers that curvature_cost.py compares, and their steps by kind."""
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+# A script's own folder, also where the tests load it by its path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from update_time import JaxStep
 
 import optaxplus as ox
 
@@ -99,3 +106,51 @@ def before(kind: str, state: Any) -> Any:
 def given(name: str, grads: Any, others: Any) -> Any:
     """What the update of a method takes for gradients."""
     return {"gradient": grads, "hessian": others} if name == "sophia" else grads
+
+
+class MethodStep(JaxStep):
+    """One step of a method, of the kind that was prepared."""
+
+    def __init__(self, name: str, width: int, params: Any, gradients: list[Any]):
+        self.method = METHODS[name]
+        self.tx = self.method.make(width)
+        pairs = zip(gradients, gradients[1:] + gradients[:1], strict=True)
+        inputs = [given(name, *pair) for pair in pairs]
+        super().__init__(self.tx, params, inputs[0])
+        self.inputs = itertools.cycle(inputs)
+        self.kept: Any = None
+
+    def prepare(self, kind: str) -> None:
+        """Makes the next step one of this kind, with the next gradient."""
+        self.grads = next(self.inputs)
+        if kind == "first":  # It forgets, so it gets a state of its own.
+            self.kept = self.params, self.state
+            self.params = jax.tree.map(jnp.copy, self.params)
+            self.state = jax.tree.map(jnp.copy, self.tx.init(self.params))
+        self.state = before(kind, self.state)
+        jax.block_until_ready((self.params, self.state))
+
+    def reset(self) -> None:
+        """Undoes a first step."""
+        if self.kept is not None:
+            (self.params, self.state), self.kept = self.kept, None
+
+    def slow(self) -> dict[str, np.ndarray]:
+        """What only refreshes change, copied."""
+        return {
+            jax.tree_util.keystr(path): np.array(leaf)
+            for path, leaf in jax.tree.leaves_with_path(self.state)
+            if field_of(path) in self.method.slow
+        }
+
+    def check(self) -> None:
+        """Runs every kind once, and raises if one refreshes that should not."""
+        for kind in self.method.kinds:
+            self.prepare(kind)
+            self.kept = None  # The state that follows the first step is a good one.
+            old = self.slow()
+            self()
+            new = self.slow()
+            changed = {not np.array_equal(new[name], old[name]) for name in old}
+            if old and changed != {kind != "plain"}:
+                raise AssertionError(f"{kind} step: slow fields changed: {changed}")
