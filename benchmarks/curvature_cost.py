@@ -368,7 +368,7 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def _ratio(value: float) -> str:
-    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+    return f"{value:.{2 if value < 1 else 1 if value < 10 else 0}f}"
 
 
 def measured(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -385,7 +385,7 @@ def compiled(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]
     rows = []
     for width in options.width or TPU_WIDTHS:
         for case in cases(width, options.layers or TPU_LAYERS):
-            if case.method not in options.methods:
+            if case.method not in options.methods or case.kind not in options.kinds:
                 continue
             command = [sys.executable, __file__, "--row", json.dumps(asdict(case))]
             row = {
@@ -413,9 +413,12 @@ def main() -> int:
         default=list(METHODS),
         help=f"beside {' and '.join(PEERS)}, of {', '.join(METHODS)}",
     )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=COUNTS, default=list(COUNTS), help="with --tpu"
+    )
     parser.add_argument("--width", type=int, nargs="+", help="512 768; TPU: 512")
     parser.add_argument("--layers", type=int, help="2; TPU: 1")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--first-rounds", type=int, default=2, help="with a first step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=1200, help="seconds a row")

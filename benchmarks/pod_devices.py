@@ -1,4 +1,4 @@
-"""The devices of pods that no machine here has, for their compilers."""
+"""The devices of pods that no machine here has, and processes for their compilers."""
 
 from __future__ import annotations
 
