@@ -10,8 +10,14 @@ from __future__ import annotations
 import functools
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+# A script's own folder, also where the tests load it by its path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from hlo_text import Computation, Instruction, Module, arrays_of, bytes_of, shape_of
 
 # Bytes that a device sends in a ring of g, of an operation whose full array (the result
 # of all-gather, the operand of reduce-scatter) has one byte.
@@ -27,7 +33,7 @@ UNKNOWN_COLLECTIVES = {"collective-broadcast", "ragged-all-to-all", "send", "rec
 UNKNOWN_PRODUCTS = re.compile(r"gemm|matmul|cudnn|tpu_custom_call|mosaic", re.I)
 # Of a convolution, with what they are unless given.
 WINDOW = {"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
-UNCHANGED = {"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done"}
+HIGHEST = "operand_precision={highest,highest}"
 
 
 @dataclass
@@ -53,6 +59,8 @@ class HloCost:
       collectives: By kind, only kinds that occur.
       flops: Two for each multiplication of matrix products and convolutions, on the
         slowest device; elementwise operations are not counted.
+      flops_highest: Those of them whose operands both have the precision "highest": of
+        float32, six passes of the matrix unit of a TPU.
       collectives_in_products: Executions of collectives in loops that also multiply
         matrices, such as an iteration whose every step waits for other devices.
       temporary_bytes: As given by the caller.
@@ -60,6 +68,7 @@ class HloCost:
 
     collectives: dict[str, Collectives]
     flops: float
+    flops_highest: float
     collectives_in_products: int
     temporary_bytes: int | None
 
@@ -94,30 +103,38 @@ def hlo_cost(text: str, temporary_bytes: int | None = None) -> HloCost:
     """
     module = _Module(text)
     cost = module.cost(module.entry)
-    return HloCost(cost.collectives, cost.slowest(), cost.in_products, temporary_bytes)
+    return HloCost(cost.collectives, *cost.slowest(), cost.in_products, temporary_bytes)
 
 
 @dataclass
 class _Cost:
     """As `HloCost`, with products that only some devices compute, by branch.
 
-    `by_branch[n]` has those of all conditionals with n branches.
+    `by_branch[n]` has those of all conditionals with n branches, each as all its
+    products and those of highest precision.
     """
 
     flops: float = 0.0
-    by_branch: dict[int, list[float]] = field(default_factory=dict)
+    highest: float = 0.0
+    by_branch: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
     collectives: dict[str, Collectives] = field(default_factory=dict)
     in_products: int = 0
 
-    def slowest(self) -> float:
-        return self.flops + sum(map(max, self.by_branch.values()))
+    def slowest(self) -> tuple[float, float]:
+        busiest = [max(branches) for branches in self.by_branch.values()]
+        return (
+            self.flops + sum(flops for flops, _ in busiest),
+            self.highest + sum(highest for _, highest in busiest),
+        )
 
     def add(self, other: _Cost, times: int = 1) -> None:
         self.flops += times * other.flops
-        for count, flops in other.by_branch.items():
-            total = self.by_branch.setdefault(count, [0.0] * count)
-            for index, value in enumerate(flops):
-                total[index] += times * value
+        self.highest += times * other.highest
+        for count, branches in other.by_branch.items():
+            total = self.by_branch.setdefault(count, [(0.0, 0.0)] * count)
+            for index, (flops, highest) in enumerate(branches):
+                old = total[index]
+                total[index] = (old[0] + times * flops, old[1] + times * highest)
         for kind, found in other.collectives.items():
             total = self.collectives.setdefault(kind, Collectives())
             total.count += found.count
@@ -126,63 +143,11 @@ class _Cost:
         self.in_products += times * other.in_products
 
 
-@dataclass(frozen=True)
-class _Instruction:
-    """`name = type opcode(arguments), attributes`."""
-
-    name: str
-    type: str
-    opcode: str
-    arguments: str
-    attributes: str
-
-    @functools.cached_property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.-]+)", self.arguments)
-
-    def attribute(self, name: str) -> str | None:
-        """What follows `name=`, a list in braces without them."""
-        found = re.search(rf"[, ]{name}=(\{{[^}}]*\}}|[^, ]+)", self.attributes)
-        return found and found[1].strip('{}%"')
-
-    def names(self, name: str) -> list[str]:
-        """The list of names or numbers that follows `name=`."""
-        return re.findall(r"[\w.-]+", self.attribute(name) or "")
-
-    def numbers(self, name: str) -> list[int]:
-        """The list of numbers that follows `name=`."""
-        return [int(number) for number in self.names(name)]
-
-
-class _Computation(dict[str, _Instruction]):
-    """Instructions by name, of which one is the root."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.name = name
-        self.root = ""
-
-    def origin(self, name: str) -> _Instruction:
-        """What an instruction copies, through tuples."""
-        found = self[name]
-        while True:
-            if found.opcode in UNCHANGED and found.operands:
-                found = self[found.operands[0]]
-            elif found.opcode == "get-tuple-element":
-                source = self.origin(found.operands[0])
-                if source.opcode != "tuple":
-                    return found
-                found = self[source.operands[found.numbers("index")[0]]]
-            else:
-                return found
-
-
-class _Module:
+class _Module(Module):
     """The computations of a module and their costs."""
 
     def __init__(self, text: str):
-        self.computations: dict[str, _Computation] = {}
-        self.entry = ""
+        super().__init__(text)
         self.devices = math.prod(
             int(count)
             for count in re.findall(
@@ -190,20 +155,6 @@ class _Module:
             )
         )
         self._costs: dict[str, _Cost] = {}
-        current = _Computation("")
-        for line in text.splitlines():
-            if header := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
-                current = _Computation(header[2])
-                self.computations[current.name] = current
-                if header[1]:
-                    self.entry = current.name
-            elif found := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*)", line):
-                instruction = _instruction(found[2], found[3])
-                current[instruction.name] = instruction
-                if found[1]:
-                    current.root = instruction.name
-        if not self.entry:
-            raise ValueError("hlo_cost: the text has no ENTRY computation")
 
     def cost(self, name: str) -> _Cost:
         """Of one execution of a computation."""
@@ -215,20 +166,17 @@ class _Module:
             self._costs[name] = total
         return self._costs[name]
 
-    def _cost(self, instruction: _Instruction, where: _Computation) -> _Cost:
+    def _cost(self, instruction: Instruction, where: Computation) -> _Cost:
         opcode = instruction.opcode
         kind = opcode.removesuffix("-start")
         if kind in RING:
             return self._collective(kind, instruction, where)
         if kind in UNKNOWN_COLLECTIVES:
             raise ValueError(f"hlo_cost: collective {kind} is not supported")
-        if opcode == "dot":
-            axes = instruction.numbers("lhs_contracting_dims")
-            return _Cost(_dot_flops(instruction, where, axes))
-        if opcode == "convolution":
-            return _Cost(_convolution_flops(instruction, where))
-        if opcode == "custom-call":
-            return _Cost(_custom_call_flops(instruction, where))
+        if opcode in PRODUCTS:
+            flops = PRODUCTS[opcode](instruction, where)
+            is_highest = HIGHEST in instruction.attributes
+            return _Cost(flops, flops if is_highest else 0.0)
         if opcode == "while":
             return self._loop(instruction, where)
         if opcode == "conditional":
@@ -241,21 +189,21 @@ class _Module:
         return _Cost()
 
     def _collective(
-        self, kind: str, instruction: _Instruction, where: _Computation
+        self, kind: str, instruction: Instruction, where: Computation
     ) -> _Cost:
         if _continues(instruction, where):
             return _Cost()
-        arrays = _arrays(instruction.type)
+        arrays = arrays_of(instruction.type)
         if instruction.opcode != kind and kind != "all-reduce":
             # The operands come first and integers for bookkeeping last.
-            count = sum(len(_arrays(where[o].type)) for o in instruction.operands)
+            count = sum(len(arrays_of(where[o].type)) for o in instruction.operands)
             arrays = arrays[count : 2 * count]
         group = self._group_size(instruction)
-        size = sum(map(_bytes, arrays)) * (group if kind == "reduce-scatter" else 1)
+        size = sum(map(bytes_of, arrays)) * (group if kind == "reduce-scatter" else 1)
         sent = size * RING[kind](group)
         return _Cost(collectives={kind: Collectives(1, 1, sent)})
 
-    def _group_size(self, instruction: _Instruction) -> int:
+    def _group_size(self, instruction: Instruction) -> int:
         """Devices that take part in one group of a collective."""
         if instruction.opcode.startswith("collective-permute"):
             return self.devices
@@ -274,7 +222,7 @@ class _Module:
             return self.devices
         raise ValueError(f"hlo_cost: unknown replica_groups of {instruction.name}")
 
-    def _fusion(self, instruction: _Instruction) -> _Cost:
+    def _fusion(self, instruction: Instruction) -> _Cost:
         (callee,) = instruction.names("calls")
         cost = self.cost(callee)
         if not callee.startswith("all-reduce-scatter"):
@@ -283,9 +231,9 @@ class _Module:
         # run as the first half of the all-reduce.
         (found,) = cost.collectives.values()
         half = Collectives(found.count, found.executions, found.wire_bytes / 2)
-        return _Cost(cost.flops, collectives={"reduce-scatter": half})
+        return _Cost(cost.flops, cost.highest, collectives={"reduce-scatter": half})
 
-    def _conditional(self, instruction: _Instruction, where: _Computation) -> _Cost:
+    def _conditional(self, instruction: Instruction, where: Computation) -> _Cost:
         names = instruction.names("branch_computations") or [
             *instruction.names("true_computation"),
             *instruction.names("false_computation"),
@@ -296,96 +244,25 @@ class _Module:
         busiest = max(branches, key=lambda branch: _wire_bytes(branch.collectives))
         flops = [branch.slowest() for branch in branches]
         return _Cost(
-            by_branch={len(branches): flops} if any(flops) else {},
+            by_branch={len(branches): flops} if any(map(any, flops)) else {},
             collectives=busiest.collectives,
             in_products=busiest.in_products,
         )
 
-    def _loop(self, instruction: _Instruction, where: _Computation) -> _Cost:
+    def _loop(self, instruction: Instruction, where: Computation) -> _Cost:
         total = _Cost()
         total.add(self.cost(instruction.names("body")[0]))
         total.add(self.cost(instruction.names("condition")[0]))
-        if total.slowest():
+        if any(total.slowest()):
             total.in_products = sum(c.executions for c in total.collectives.values())
         elif not total.collectives:
             return total
         result = _Cost()
-        result.add(total, self._iterations(instruction, where))
+        result.add(total, self.iterations(instruction, where))
         return result
 
-    def _iterations(self, loop: _Instruction, where: _Computation) -> int:
-        """How often a loop runs that counts up to a constant."""
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-        if known:
-            return int(known[1])
-        condition, body = (
-            self.computations[loop.names(role)[0]] for role in ("condition", "body")
-        )
-        test, initial = condition[condition.root], where.origin(loop.operands[0])
-        parts = [condition.origin(operand) for operand in test.operands]
-        opcodes = [test.opcode, initial.opcode, *(part.opcode for part in parts)]
-        if opcodes == ["compare", "tuple", "get-tuple-element", "constant"]:
-            index = parts[0].numbers("index")[0]
-            start = where.origin(initial.operands[index])
-            step = body.origin(body[body.root].operands[index])
-            constants = [
-                part.arguments
-                for part in (start, *map(body.origin, step.operands))
-                if part.opcode == "constant"
-            ]
-            if (
-                test.attribute("direction") == "LT"
-                and (start.opcode, step.opcode) == ("constant", "add")
-                and constants[1:] == ["1"]
-            ):
-                return max(0, int(parts[1].arguments) - int(start.arguments))
-        raise ValueError(f"hlo_cost: {loop.name} runs an unknown number of times")
 
-
-def _instruction(name: str, text: str) -> _Instruction:
-    """Parses what stands behind `name = `."""
-    type_end = _closing(text) + 1 if text.startswith("(") else text.index(" ")
-    rest = text[type_end:].lstrip()
-    opening = rest.index("(")
-    closing = opening + _closing(rest[opening:])
-    return _Instruction(
-        name=name,
-        type=text[:type_end],
-        opcode=rest[:opening],
-        arguments=rest[opening + 1 : closing],
-        attributes=rest[closing + 1 :],
-    )
-
-
-def _closing(text: str) -> int:
-    """Where the parenthesis closes with which a text begins."""
-    depth = 0
-    for found in re.finditer(r"[()]", text):
-        depth += 1 if found[0] == "(" else -1
-        if depth == 0:
-            return found.start()
-    raise ValueError(f"hlo_cost: parentheses do not match in {text[:80]!r}")
-
-
-def _arrays(type_text: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of all arrays of a type."""
-    return [
-        (dtype, tuple(int(size) for size in shape.split(",") if size))
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", type_text)
-    ]
-
-
-def _bytes(array: tuple[str, tuple[int, ...]]) -> float:
-    dtype, shape = array
-    bits = re.match(r"[a-z]+(\d+)", dtype)
-    return math.prod(shape) * (int(bits[1]) if bits else 8) / 8
-
-
-def _shape(instruction: _Instruction) -> tuple[int, ...]:
-    return _arrays(instruction.type)[0][1]
-
-
-def _continues(instruction: _Instruction, where: _Computation) -> bool:
+def _continues(instruction: Instruction, where: Computation) -> bool:
     """Whether this only accompanies or awaits a collective that is counted elsewhere.
 
     The TPU compiler repeats an asynchronous collective in the fusion that starts it, in
@@ -403,7 +280,7 @@ def _continues(instruction: _Instruction, where: _Computation) -> bool:
     )
 
 
-def _tests_data(name: str, where: _Computation) -> bool:
+def _tests_data(name: str, where: Computation) -> bool:
     """Whether what chooses a branch is a pred, or made from floating-point numbers."""
     found_data, stack, seen = False, [name], set()
     while stack:
@@ -420,15 +297,20 @@ def _tests_data(name: str, where: _Computation) -> bool:
     return found_data
 
 
-def _dot_flops(
-    instruction: _Instruction, where: _Computation, axes: Sequence[int]
+def _dot_flops(instruction: Instruction, where: Computation) -> float:
+    axes = instruction.numbers("lhs_contracting_dims")
+    return _contraction_flops(instruction, where, axes)
+
+
+def _contraction_flops(
+    instruction: Instruction, where: Computation, axes: Sequence[int]
 ) -> float:
-    left = _shape(where[instruction.operands[0]])
+    left = shape_of(where[instruction.operands[0]])
     contracted = math.prod(left[axis] for axis in axes)
-    return 2.0 * contracted * math.prod(_shape(instruction))
+    return 2.0 * contracted * math.prod(shape_of(instruction))
 
 
-def _custom_call_flops(instruction: _Instruction, where: _Computation) -> float:
+def _custom_call_flops(instruction: Instruction, where: Computation) -> float:
     target = instruction.attribute("custom_call_target") or ""
     if not UNKNOWN_PRODUCTS.search(target):
         return 0.0
@@ -436,10 +318,12 @@ def _custom_call_flops(instruction: _Instruction, where: _Computation) -> float:
     axes = re.search(r'"lhs_contracting_dimensions":\[(.*?)\]', instruction.attributes)
     if not axes:
         raise ValueError(f"hlo_cost: products of custom call {target} are unknown")
-    return _dot_flops(instruction, where, [int(a) for a in re.findall(r"\d+", axes[1])])
+    return _contraction_flops(
+        instruction, where, [int(a) for a in re.findall(r"\d+", axes[1])]
+    )
 
 
-def _convolution_flops(instruction: _Instruction, where: _Computation) -> float:
+def _convolution_flops(instruction: Instruction, where: Computation) -> float:
     """Counts products with real entries only.
 
     The TPU compiler writes batches of products as convolutions over dilated inputs,
@@ -448,7 +332,7 @@ def _convolution_flops(instruction: _Instruction, where: _Computation) -> float:
     arrays = *(where[operand] for operand in instruction.operands), instruction
     labels = re.split("_|->", instruction.attribute("dim_labels") or "")
     left, right, result = (
-        dict(zip(names, _shape(array), strict=True))
+        dict(zip(names, shape_of(array), strict=True))
         for names, array in zip(labels, arrays, strict=True)
     )
     found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
@@ -471,6 +355,13 @@ def _convolution_flops(instruction: _Instruction, where: _Computation) -> float:
     for name in ("feature_group_count", "batch_group_count"):
         products //= int(instruction.attribute(name) or 1)
     return 2.0 * products
+
+
+PRODUCTS = {
+    "dot": _dot_flops,
+    "convolution": _convolution_flops,
+    "custom-call": _custom_call_flops,
+}
 
 
 @functools.lru_cache

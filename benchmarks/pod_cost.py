@@ -20,10 +20,7 @@ import datetime
 import itertools
 import json
 import math
-import os
 import platform
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -41,7 +38,7 @@ from hlo_cost import hlo_cost
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from pod_devices import TOPOLOGIES, devices_of, unavailable
+from pod_devices import TOPOLOGIES, devices_of, found_apart, unavailable
 
 import optaxplus as ox
 from optaxplus.report.tables import format_table
@@ -256,23 +253,7 @@ def measure_apart(case: Case, timeout: float, text: Path | None) -> dict[str, An
     if text is not None:
         text.mkdir(parents=True, exist_ok=True)
         command += ["--text", str(text / f"{case.key.replace(' / ', '-')}.hlo")]
-    environment = {
-        "JAX_PLATFORMS": "cpu",
-        # Other processes may hold libtpu's lock.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        **os.environ,
-    }
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=environment
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {timeout:g} s"}
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    how = f"exit {done.returncode}" if done.returncode > 0 else "crash of the compiler"
-    errors = re.findall(r"\w*Error: .*|.*Check failed.*", done.stderr)
-    return {"error": f"{how}: {errors[-1][:300] if errors else ''}"}
+    return found_apart(command, timeout)
 
 
 def versions() -> dict[str, str]:

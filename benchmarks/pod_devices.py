@@ -1,9 +1,12 @@
-"""The devices of pods that no machine here has, for their compilers."""
+"""The devices of pods that no machine here has, and processes for their compilers."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
+import subprocess
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,3 +62,27 @@ def unavailable(topology: str) -> str | None:
     except ModuleNotFoundError:
         found = None
     return None if found else f"{needed} is not installed"
+
+
+def found_apart(command: Sequence[Any], timeout: float) -> dict[str, Any]:
+    """The JSON that a command prints last, or {"error": ...}.
+
+    In a process of its own, which the compiler may end or keep busy.
+    """
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        # Other processes may hold libtpu's lock.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        **os.environ,
+    }
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {timeout:g} s"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    how = f"exit {done.returncode}" if done.returncode > 0 else "crash of the compiler"
+    errors = re.findall(r"\w*Error: .*|.*Check failed.*", done.stderr)
+    return {"error": f"{how}: {errors[-1][:300] if errors else ''}"}

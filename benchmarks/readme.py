@@ -20,6 +20,7 @@ import optaxplus as ox
 
 # A script's own folder, also where the tests load it by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import curvature_cost
 import storage_time
 import train_gpt_storage
 from methods import FROM_OPTAX, METHODS, WRAPPERS, Method
@@ -375,12 +376,19 @@ def pod_cost() -> str:
     return markdown(json.loads((RESULTS / "pod_cost.json").read_text("utf-8")))
 
 
+def curvature() -> str:
+    """What Shampoo, SOAP and others cost beside AdamW and Muon."""
+    results = json.loads((RESULTS / "curvature_cost.json").read_text("utf-8"))
+    return curvature_cost.markdown(results)
+
+
 BLOCKS = {
     "methods": methods_table,
     "main job": main_job,
     "finetune": finetune,
     "routing": routing,
     "muon time": muon_time,
+    "curvature": curvature,
     "pod cost": pod_cost,
     "orthogonality": orthogonality,
     "seeds": seeds,

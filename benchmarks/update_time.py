@@ -69,7 +69,8 @@ RESULTS = Path(__file__).parent / "results" / "update_time.json"
 OURS = "optaxplus"
 WARM_UPS = 2
 PAUSE = 0.01  # Seconds; a longer one changes nothing, none costs up to 4 %.
-SETTINGS = ("MALLOC_", "GLIBC_", "LD_PRELOAD", "OMP_", "GOMP_", "KMP_", "XLA_", "NPROC")
+SETTINGS = ("MALLOC_", "GLIBC_", "LD_PRELOAD", "NPROC", "XLA_")
+SETTINGS += ("OMP_", "GOMP_", "KMP_", "OPENBLAS_")
 
 
 def shapes(width: int, layers: int) -> dict[str, Any]:
@@ -350,6 +351,15 @@ def versions() -> dict[str, str | None]:
     }
 
 
+def environment() -> dict[str, str]:
+    """The settings of allocators and threads."""
+    return {
+        key: value
+        for key, value in sorted(os.environ.items())
+        if key.startswith(SETTINGS)
+    }
+
+
 def save(
     done: list[dict[str, Any]], options: argparse.Namespace, num_params: int
 ) -> None:
@@ -361,11 +371,7 @@ def save(
         "processor": processor(),
         "cpus": os.cpu_count(),
         "threads": threads(),
-        "environment": {
-            key: value
-            for key, value in sorted(os.environ.items())
-            if key.startswith(SETTINGS)
-        },
+        "environment": environment(),
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": options.seed,

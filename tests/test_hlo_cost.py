@@ -375,6 +375,19 @@ def test_a_batch_written_as_a_dilated_convolution():
     assert cost.flops == 4 * 2 * 256**3
 
 
+@pytest.mark.parametrize("precision", ["highest", "default"])
+def test_products_of_highest_precision(precision):
+    def chain(x):
+        def step(y, _):
+            return jnp.dot(y, x, precision=precision), None
+
+        return lax.scan(step, jnp.sin(x @ x), length=3)[0]
+
+    cost = cost_of(chain, P(), shape=(SIDE, SIDE))
+    assert cost.flops == 4 * PRODUCT
+    assert cost.flops_highest == (3 * PRODUCT if precision == "highest" else 0)
+
+
 def counting_loop(start="0", step="1", direction="LT"):
     """As the TPU compiler writes a loop of seven products, without their number."""
     return f"""\
