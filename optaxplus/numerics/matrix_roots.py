@@ -28,6 +28,7 @@ al., SOAP, arXiv 2409.11321, Algorithm 4 on the orthogonal iteration.
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -303,27 +304,28 @@ def orthonormal(x: jax.Array, width: int = _PANEL_WIDTH) -> jax.Array:
 def in_groups(
     function: Callable[..., tuple[jax.Array, ...]], *lists: Sequence[jax.Array]
 ) -> list[tuple[jax.Array, ...]]:
-    """Calls `function` with batches of square matrices, all of one size at once.
+    """Calls `function` with batches of matrices, all of one shape at once.
 
-    Decompositions take long to compile on accelerators; those of one size share one.
+    Decompositions take long to compile on accelerators; those of one shape share one.
 
     Args:
-      function: Maps arrays (count, n, n), one of each list, to arrays (count, ...).
-      *lists: Arrays (..., n, n), of the same shapes in every list.
+      function: Maps arrays (count, m, n), one of each list, to arrays (count, ...).
+      *lists: Arrays (..., m, n), in every list with the same leading axes.
 
     Returns:
       What `function` returns for each entry of the lists, in their batch axes.
     """
-    groups: dict[tuple[int, jnp.dtype], list[int]] = {}
-    for index, x in enumerate(lists[0]):
-        groups.setdefault((x.shape[-1], x.dtype), []).append(index)
+    groups: dict[Any, list[int]] = {}
+    for index, entries in enumerate(zip(*lists, strict=True)):
+        kind = tuple((x.shape[-2:], x.dtype) for x in entries)
+        groups.setdefault(kind, []).append(index)
     results: list[tuple[jax.Array, ...]] = [()] * len(lists[0])
-    for (size, _), members in groups.items():
+    for members in groups.values():
         batches = [lists[0][index].shape[:-2] for index in members]
         stacks = [
             jnp.concatenate(
                 [
-                    xs[i].reshape(math.prod(b), size, size)
+                    xs[i].reshape(math.prod(b), *xs[i].shape[-2:])
                     for i, b in zip(members, batches, strict=True)
                 ]
             )

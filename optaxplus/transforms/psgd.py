@@ -40,9 +40,11 @@ from jax import lax
 from optaxplus import trees, validation
 from optaxplus.custom_types import Axes, DTypeName, PyTree, Scalar
 from optaxplus.numerics.hyperparameters import as_decay_rate
+from optaxplus.numerics.matrix_roots import by_platform, in_groups
 from optaxplus.numerics.moving_averages import bias_correction, mix
 from optaxplus.numerics.whitening import fit_factors, precondition
 from optaxplus.sharding.alike import lying_as
+from optaxplus.sharding.owners import shared
 from optaxplus.sharding.placement import Placement, check_placement, check_specs
 from optaxplus.transforms.kronecker import (
     Fields,
@@ -90,21 +92,6 @@ _FIELDS = Fields(
 _OF_VECTORS = ("diagonal", "diagonal")
 
 
-def _fitted(
-    leaf: _Leaf, count: jax.Array, rate: jax.Array, seed: int
-) -> tuple[jax.Array, jax.Array]:
-    """L and R, fitted to M̂."""
-    m, left, right = leaf
-    if not m.size:
-        return left, right
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), count)
-    noise = _noise(key, *m.shape[-2:]).astype(m.dtype)
-    new = fit_factors(
-        m, trees.widen(left), trees.widen(right), noise, trees.scalar_for(rate, m)
-    )
-    return trees.cast_like(new, (left, right))
-
-
 def _noise(key: jax.Array, rows: int, columns: int) -> jax.Array:
     """V: float32, and the same for all matrices of one shape.
 
@@ -116,20 +103,37 @@ def _noise(key: jax.Array, rows: int, columns: int) -> jax.Array:
 
 
 # Compiled by itself so that an update outside of `jax.jit` compiles the branch once.
-@partial(jax.jit, static_argnames="seed", inline=True)
+@partial(jax.jit, static_argnames=("copies", "seed"), inline=True)
 def _refreshed(
     is_due: jax.Array,
     leaves: list[_Leaf],
     count: jax.Array,
     rate: jax.Array,
+    copies: tuple[str, ...],
     seed: int,
 ) -> list[_Leaf]:
     """The leaves with factors that are fitted if that `is_due`."""
+
+    def fit(
+        m: jax.Array, left: jax.Array, right: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """L and R of a stack, fitted to M̂."""
+        if not m.size:
+            return left, right
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), count)
+        noise = _noise(key, *m.shape[-2:]).astype(m.dtype)
+        wide = trees.widen(left), trees.widen(right)
+        new = fit_factors(m, *wide, noise, trees.scalar_for(rate, m))
+        return trees.cast_like(new, (left, right))
+
+    def fitted(leaves: list[_Leaf]) -> list[tuple[jax.Array, ...]]:
+        return in_groups(shared(by_platform(fit), copies), *zip(*leaves, strict=True))
+
     factors = lax.cond(
         is_due,
-        lambda leaves: [_fitted(leaf, count, rate, seed) for leaf in leaves],
+        fitted,
         # What comes out of a branch is copied there, changed or not.
-        lambda leaves: [(leaf.factor_in, leaf.factor_out) for leaf in leaves],
+        lambda leaves: [leaf[1:] for leaf in leaves],
         leaves,
     )
     return [_Leaf(leaf.update, *q) for leaf, q in zip(leaves, factors, strict=True)]
@@ -146,8 +150,6 @@ def _kron(
     max_update_rms: Scalar | None,
 ) -> list[_Leaf]:
     """One step of all leaves: U in place of M̂."""
-    # Along axes that repeat parameters the fit, which is cheap, is repeated too.
-    del copies
 
     def update(leaf: _Leaf) -> jax.Array:
         if not leaf.update.size:
@@ -162,7 +164,7 @@ def _kron(
 
     return [
         leaf._replace(update=update(leaf))
-        for leaf in _refreshed(is_due, leaves, count, rate, seed)
+        for leaf in _refreshed(is_due, leaves, count, rate, copies, seed)
     ]
 
 
