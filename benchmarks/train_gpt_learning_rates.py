@@ -72,10 +72,12 @@ ADAM = {"b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0}
 MUON = {"adamw_b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0}
 # Their rates mean something else for matrices than AdamW's: the rest keeps its best.
 ADAMW_APART = MUON | {"adamw_learning_rate": 2e-3}
-# Sophia-G as its authors run it.
+# Sophia-G as its authors run it, but for gamma: by their rule 10 to 50 % of the entries
+# are not to be clipped. With their 0.05 it is 3 to 11 % in the first 240 steps here, as
+# gradients of small batches are noisy.
 SOPHIA = {
     "b1": 0.965,
-    "gamma": 0.05,
+    "gamma": 0.5,
     "eps": 1e-15,
     "weight_decay": 0.1,
     "clip_norm": 1.0,

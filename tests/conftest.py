@@ -13,6 +13,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_timeout_seconds=600",
     ]
 )
+# Threads of LAPACK wait for each other in small matrices, and long on a busy machine.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 
