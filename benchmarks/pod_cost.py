@@ -1,4 +1,4 @@
-"""What does an update of Muon cost on a pod, where parameters are sharded?
+"""What does an update of a matrix method cost on a pod, where parameters are sharded?
 
 The update of a llama-like tree of a billion parameters is compiled for real TPUs,
 without one, by libtpu. What each chip sends, multiplies and needs for temporaries is
@@ -8,6 +8,9 @@ read from the program; nothing is timed but the compiler.
     python benchmarks/pod_cost.py                     # all; results/pod_cost.json
     python benchmarks/pod_cost.py --layouts "FSDP 64" --implementations exact optax
     python benchmarks/pod_cost.py --layers 4          # seconds a row, not written
+    python benchmarks/pod_cost.py --topologies v5e --layouts "FSDP 8" \
+        --implementations soap "soap, refresh" shampoo "shampoo, refresh" kron \
+        "kron, refresh"                               # minutes a row
 
 With `--topologies h100` for eight GPUs, without one, by the plugin of JAX for CUDA:
 `pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt`, of the version of jax.
@@ -25,6 +28,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import jax
 import jax.numpy as jnp
 import optax
+from curvature_methods import EVERY, before
 from hlo_cost import hlo_cost
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -97,6 +102,20 @@ IMPLEMENTATIONS = {
     "auto": "ox.muon, auto mesh",
     "optax": "optax.contrib.muon",
     "adamw": "ox.adamw",
+    "soap": "ox.soap",
+    "soap, refresh": "ox.soap, a refresh",
+    "shampoo": "ox.shampoo",
+    "shampoo, refresh": "ox.shampoo, a refresh",
+    "kron": "ox.kron",
+    "kron, refresh": "ox.kron, a refresh",
+}
+MUONS = ("exact", "explicit", "auto", "optax")
+# Sides of 8192 in tiles, so that no factor is larger than a square matrix.
+TILES = {"max_dim": 2048, "large_dims": "tiles", "update_interval": EVERY}
+WITH_FACTORS = {
+    "soap": partial(ox.soap, **TILES),
+    "shampoo": partial(ox.shampoo, root_method="newton", **TILES),
+    "kron": partial(ox.kron, warmup_steps=0, interval_growth=None, **TILES),
 }
 
 
@@ -114,6 +133,16 @@ class Case:
     def key(self) -> str:
         """Names the row in the results."""
         return " / ".join(map(str, asdict(self).values()))
+
+    @property
+    def method(self) -> str:
+        """The implementation without the kind of its step."""
+        return self.implementation.removesuffix(", refresh")
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether shardings are parts of types."""
+        return self.implementation == "explicit" or self.method in WITH_FACTORS
 
 
 def bytes_bound(layout: Layout, layers: int) -> float:
@@ -157,7 +186,7 @@ def mesh_of(case: Case) -> Mesh:
         devices_of(case.topology, LAYOUTS[case.layout].chips),
         allow_split_physical_axes=True,  # 8 x 8 on the cube of a v5p
     )
-    kind = AxisType.Explicit if case.implementation == "explicit" else AxisType.Auto
+    kind = AxisType.Explicit if case.is_explicit else AxisType.Auto
     return Mesh(devices, tuple(axes), axis_types=(kind,) * len(axes))
 
 
@@ -178,6 +207,8 @@ def transformation(
     rules = (*(ox.stacked(r"^layers/") if stacked else ()), *ox.DEFAULT_RULES)
     if set(jax.tree.leaves(ox.label_params(params, rules))) != {"muon"}:
         raise AssertionError(str(ox.explain_routing(params, rules)))
+    if case.method in WITH_FACTORS:
+        return WITH_FACTORS[case.method](1e-3, rules=rules)
     if case.implementation == "exact":
         return ox.muon(1e-3, rules=rules, placement=ox.Placement(mesh, specs))
     return ox.muon(1e-3, rules=rules)
@@ -196,27 +227,21 @@ def compiled_update(case: Case) -> tuple[Any, float, float]:
         is_leaf=lambda node: isinstance(node, P),
     )
     tx = transformation(case, params, mesh, specs)
-    sharding_of = {
-        jax.tree_util.keystr(path): leaf.sharding
-        for path, leaf in jax.tree.leaves_with_path(params)
-    }
-
-    def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        """A leaf of the state, which lies as the parameter it belongs to."""
-        name = jax.tree_util.keystr(path)
-        sharding = next(
-            (s for end, s in sharding_of.items() if name.endswith(end)),
-            NamedSharding(mesh, P()),
-        )
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    state = jax.tree.map_with_path(placed, jax.eval_shape(tx.init, params))
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(tx.init, params),
+        ox.state_sharding(tx, params),
+    )
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        if case.method in WITH_FACTORS:
+            # As it counts before such a step, which leaves no conditional.
+            is_refresh = case.method != case.implementation
+            state = before("refresh" if is_refresh else "plain", state)
         return tx.update(grads, state, params)
 
     results = None  # Types decide.
-    if case.implementation != "explicit":
+    if not case.is_explicit:
         results = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
     start = time.perf_counter()
     step = jax.jit(update, out_shardings=results, donate_argnums=(0, 1))
@@ -331,9 +356,8 @@ def markdown(document: dict[str, Any]) -> str:
         "temporary GB | seconds to compile |",
         "|---|---|---|---|---|---|---|",
     ]
-    muons = [name for name in IMPLEMENTATIONS if name != "adamw"]
     shown_chips = {"v5e": "TPU v5e", "h100": "H100"}
-    for chip, layout, name in itertools.product(shown_chips, LAYOUTS, muons):
+    for chip, layout, name in itertools.product(shown_chips, LAYOUTS, MUONS):
         both = [
             found.get((chip, layout, name, model), {}).get("found") for model in MODELS
         ]
@@ -385,7 +409,7 @@ def main() -> int:
         "topologies": (TOPOLOGIES, ["v5e", "v5p"]),
         "layouts": (LAYOUTS, list(LAYOUTS)),
         "models": (MODELS, list(MODELS)),
-        "implementations": (IMPLEMENTATIONS, list(IMPLEMENTATIONS)),
+        "implementations": (IMPLEMENTATIONS, [*MUONS, "adamw"]),
     }
     for name, (allowed, default) in choices.items():
         parser.add_argument(f"--{name}", nargs="+", choices=allowed, default=default)

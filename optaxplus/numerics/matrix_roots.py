@@ -50,6 +50,7 @@ __all__ = [
     "inverse_root",
     "iterated_eigenbasis",
     "next_eigenbasis",
+    "orthonormal",
     "second_moment",
 ]
 
@@ -247,6 +248,8 @@ def next_eigenbasis(
     """
     if not x.size:
         return basis, jnp.zeros(x.shape[:-1], jnp.int32)
+    # Decompositions of accelerators add up squares of these squares of gradients.
+    x = x * power_of_two(largest_entry(x))
     turned = product(x, basis)
     values = jnp.sum(basis * turned, axis=-2, keepdims=True)
     largest = jnp.max(values, axis=-1, keepdims=True)
@@ -279,9 +282,11 @@ def orthonormal(x: jax.Array, width: int = _PANEL_WIDTH) -> jax.Array:
     Reorthogonalized block classical Gram-Schmidt, Numerische Mathematik 123, 2013).
 
     Args:
-      x: Shape (..., m, n), m >= n, of full rank.
+      x: Shape (..., m, n), m >= n, of full rank, with squares that do not underflow.
       width: Columns of a panel.
     """
+    if not x.size:
+        return x
     n = x.shape[-1]
     width = min(width, n)
     # Zeros beside the last panel, whose columns of Q are cut off again.

@@ -112,8 +112,9 @@ def sides_of(
         trees.leaves_with_paths(tree), resolved, strict=True
     ):
         own = resolve_axes(leaf_axes, leaf.shape)
+        is_cut = own.fan_in or "full" in vectors
         try:
-            tilings = _tilings(own, leaf.shape, largest)
+            tilings = _tilings(own, leaf.shape, largest if is_cut else None)
         except ValueError as error:
             raise ValueError(
                 f"{name}: parameter {path!r} of shape {leaf.shape} is not allowed with "

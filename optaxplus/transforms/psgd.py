@@ -122,7 +122,7 @@ def _refreshed(
             return left, right
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), count)
         noise = _noise(key, *m.shape[-2:]).astype(m.dtype)
-        wide = trees.widen(left), trees.widen(right)
+        wide = left.astype(m.dtype), right.astype(m.dtype)
         new = fit_factors(m, *wide, noise, trees.scalar_for(rate, m))
         return trees.cast_like(new, (left, right))
 
@@ -154,12 +154,12 @@ def _kron(
     def update(leaf: _Leaf) -> jax.Array:
         if not leaf.update.size:
             return leaf.update
-        limit = max_update_rms
+        m, limit = leaf.update, max_update_rms
         return precondition(
-            leaf.update,
-            trees.widen(leaf.factor_in),
-            trees.widen(leaf.factor_out),
-            None if limit is None else trees.scalar_for(limit, leaf.update),
+            m,
+            leaf.factor_in.astype(m.dtype),
+            leaf.factor_out.astype(m.dtype),
+            None if limit is None else trees.scalar_for(limit, m),
         )
 
     return [

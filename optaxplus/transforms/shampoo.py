@@ -368,9 +368,9 @@ def scale_by_shampoo(
       grafting_eps: Added to the root of its mean square. > 0.
       root_order: p >= 1; None: twice the number of sides, 4 for matrices and 2 for
         vectors. Static.
-      root_method: "eigh", or "newton", which is made of products. The compiler for TPUs
-        takes minutes for "eigh" (over 200 s for sides of 512 and 2048, where "newton"
-        takes 56 s). See `optaxplus.numerics.inverse_root`. Static.
+      root_method: "eigh", or "newton", which is made of products, for TPUs: their
+        compiler takes minutes for an eigendecomposition. See
+        `optaxplus.numerics.inverse_root`. Static.
       axes: Matrix axes, see `optaxplus.custom_types`. Splits are matrices of their own.
       mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of the mean square. Static.

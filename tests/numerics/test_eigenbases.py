@@ -357,6 +357,11 @@ def test_panels_are_orthogonal_to_each_other_where_columns_are_alike() -> None:
     assert_orthonormal(q)
 
 
+def test_panels_of_nothing() -> None:
+    for shape in ((0, 3, 2), (3, 0), (0, 0)):
+        assert orthonormal(jnp.zeros(shape)).shape == shape
+
+
 def test_panels_poison_their_matrix_alone() -> None:
     x = np.stack([np.eye(5, dtype="float32")] * 2)
     x[0, 1, 4] = np.nan
@@ -418,6 +423,16 @@ def test_iterations_of_extreme_matrices() -> None:
     bases = np.asarray(compiled(iterated_eigenbasis, jnp.asarray(x, "float32")))
     assert np.isnan(bases[:2]).all()
     assert_orthonormal(bases[2:])
+
+
+@pytest.mark.parametrize("scale", mostly([1e-38], [1e-38, 1e-16, 1e18]))
+def test_panels_of_small_and_large_matrices_are_orthogonal(scale: float) -> None:
+    """Of the squares of gradients from 1e-19 to 1e9, of low rank."""
+    g = np.random.default_rng(0).standard_normal((160, 8))
+    x = jnp.asarray(scale * (g @ g.T), "float32")
+    assert_orthonormal(np.asarray(compiled(iterated_eigenbasis, x)))
+    basis, _ = compiled(lambda x: next_eigenbasis(x, jnp.eye(160), by_panels=True), x)
+    assert_orthonormal(np.asarray(basis))
 
 
 # Groups

@@ -1,4 +1,4 @@
-"""What SOAP and Shampoo share: micro-batches, dtypes, refusals."""
+"""What SOAP, Shampoo and Kron share: micro-batches, dtypes, refusals."""
 
 from typing import Any
 
@@ -17,6 +17,7 @@ from tests.transforms.kronecker_runs import FAST, RTOL, follow
 RULES = {
     "scale_by_soap": (ox.scale_by_soap, ox.soap),
     "scale_by_shampoo": (ox.scale_by_shampoo, ox.shampoo),
+    "scale_by_kron": (ox.scale_by_kron, ox.kron),
 }
 MATRIX = MatrixAxes((0,), (1,))
 each_link = pytest.mark.parametrize("name", RULES)
@@ -59,12 +60,8 @@ def test_dtypes_of_leaves_and_gradients_may_differ(name: str) -> None:
 
 # Errors
 
-OF_BOTH: list[tuple[type[Exception], dict[str, Any], str]] = [
+OF_ALL: list[tuple[type[Exception], dict[str, Any], str]] = [
     (ValueError, {"b1": 1.0}, r"b1=1.0 is not allowed; .* \[0, 1\)"),
-    (ValueError, {"b2": -0.1}, r"b2=-0.1 is not allowed; .* \[0, 1"),
-    (TypeError, {"b2": "1"}, "b2='1' is not allowed"),
-    (ValueError, {"b3": 1.0}, r"b3=1.0 is not allowed; .* \[0, 1\)"),
-    (TypeError, {"b3": "0.9"}, "b3='0.9' is not allowed"),
     (ValueError, {"update_interval": 0}, "update_interval=0 is .* integer >= 1"),
     (TypeError, {"update_interval": 2.5}, "update_interval=2.5 is not allowed"),
     (
@@ -79,14 +76,22 @@ OF_BOTH: list[tuple[type[Exception], dict[str, Any], str]] = [
         "large_dims='blocks' is not allowed; .* 'tiles', 'diagonal'",
     ),
     (TypeError, {"mu_dtype": "int8"}, "mu_dtype='int8' is not allowed"),
-    (TypeError, {"nu_dtype": "int8"}, "nu_dtype='int8' is not allowed"),
     (TypeError, {"placement": "here"}, "placement='here' is not allowed"),
 ]
+OF_BOTH: list[tuple[type[Exception], dict[str, Any], str]] = [
+    (ValueError, {"b2": -0.1}, r"b2=-0.1 is not allowed; .* \[0, 1"),
+    (TypeError, {"b2": "1"}, "b2='1' is not allowed"),
+    (ValueError, {"b3": 1.0}, r"b3=1.0 is not allowed; .* \[0, 1\)"),
+    (TypeError, {"b3": "0.9"}, "b3='0.9' is not allowed"),
+    (TypeError, {"nu_dtype": "int8"}, "nu_dtype='int8' is not allowed"),
+]
 OF_SOAP: list[tuple[type[Exception], dict[str, Any], str]] = [
+    *OF_BOTH,
     (TypeError, {"b2": None}, "b2=None is not allowed"),
     (ValueError, {"eps": 0.0}, "eps=0.0 is not allowed; .* > 0"),
 ]
 OF_SHAMPOO: list[tuple[type[Exception], dict[str, Any], str]] = [
+    *OF_BOTH,
     (ValueError, {"b2": 1.5}, r"b2=1.5 is not allowed; .* \[0, 1"),
     (TypeError, {"b3": None}, "b3=None is not allowed"),
     (ValueError, {"eps": -1e-6}, "eps=-1e-06 is not allowed; .* >= 0"),
@@ -104,14 +109,34 @@ OF_SHAMPOO: list[tuple[type[Exception], dict[str, Any], str]] = [
         "root_method='svd' is not allowed; .* 'eigh', 'newton'",
     ),
 ]
+OF_KRON: list[tuple[type[Exception], dict[str, Any], str]] = [
+    (TypeError, {"b1": "0.9"}, "b1='0.9' is not allowed"),
+    (
+        ValueError,
+        {"preconditioner_learning_rate": 0.0},
+        "preconditioner_learning_rate=0.0 is not allowed; .* > 0",
+    ),
+    (
+        ValueError,
+        {"preconditioner_learning_rate": 1.0},
+        r"preconditioner_learning_rate=1.0 is not allowed; .* \[0, 1\)",
+    ),
+    (ValueError, {"init_scale": 0.0}, "init_scale=0.0 is not allowed; .* > 0"),
+    (TypeError, {"init_scale": None}, "init_scale=None is not allowed"),
+    (ValueError, {"warmup_steps": -1}, "warmup_steps=-1 is .* integer >= 0"),
+    (ValueError, {"interval_growth": -0.1}, "interval_growth=-0.1 is .* >= 0"),
+    (ValueError, {"max_update_rms": 0.0}, "max_update_rms=0.0 is .* > 0"),
+    (ValueError, {"seed": -1}, "seed=-1 is not allowed; .* integer >= 0"),
+    (TypeError, {"factor_dtype": "int8"}, "factor_dtype='int8' is not allowed"),
+]
 
 
 @pytest.mark.parametrize(
     ("name", "error", "arguments", "message"),
     [
         (name, *row)
-        for name, own in (("scale_by_soap", OF_SOAP), ("scale_by_shampoo", OF_SHAMPOO))
-        for row in OF_BOTH + own
+        for name, own in zip(RULES, (OF_SOAP, OF_SHAMPOO, OF_KRON), strict=True)
+        for row in OF_ALL + own
     ],
 )
 def test_wrong_arguments_are_refused(
@@ -173,3 +198,20 @@ def test_sides_without_even_tiles_are_refused(name: str) -> None:
         jax.eval_shape(link(**arguments).init, params)
     with pytest.raises(ValueError, match="'layer/kernel'"):
         jax.eval_shape(optimizer(0.1, **arguments).init, params)
+
+
+@each_link
+@pytest.mark.parametrize("size", [32, 37])
+def test_vectors_without_full_factors_are_not_cut(name: str, size: int) -> None:
+    tx = RULES[name][0](max_dim=16, large_dims="tiles")
+    if name == "scale_by_shampoo" and size == 37:
+        with pytest.raises(ValueError, match="no even tiles"):
+            jax.eval_shape(tx.init, jnp.ones(size))
+        return
+    state = jax.eval_shape(tx.init, jnp.ones(size))
+    shapes = {
+        "scale_by_soap": None,
+        "scale_by_shampoo": (2, 16, 16),
+        "scale_by_kron": (1, size, 1),
+    }
+    assert getattr(state.factor_out, "shape", None) == shapes[name]
