@@ -14,6 +14,7 @@ import pytest
 from benchmarks import train_gpt_storage
 from optaxplus.numerics.quantization import CODES
 from tests.problems import normal_tree
+from tests.selection import mostly
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,7 +65,15 @@ def test_losses_are_compared_with_float32_of_the_same_seed():
     assert len(header) == len(lines[0])
 
 
-@pytest.mark.parametrize("label", train_gpt_storage.RUNS)
+BY_DEFAULT = {
+    "adamw, 4-bit state",
+    "lion, 8-bit state",
+    "adamw, bfloat16, compensated",
+    "muon, bfloat16, master 24, 8-bit state",
+}
+
+
+@pytest.mark.parametrize("label", mostly(BY_DEFAULT, train_gpt_storage.RUNS))
 def test_every_kind_of_storage_takes_steps(label: str, monkeypatch):
     # Removed again: other tests count the codes.
     monkeypatch.setitem(CODES, train_gpt_storage.FOUR_BITS, CODES["root"])

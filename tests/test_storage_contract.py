@@ -60,12 +60,9 @@ def wrapped(name: str, case: Case) -> Case:
 
 def families(name: str) -> Sequence[str]:
     """The rows that a wrapper is put around by default."""
-    if name == "dynamic_loss_scale":
-        # It runs them in a branch, which is compiled anew for every update op by op.
-        return ("adamw",)
     # The others treat states as `master_weights` does.
     is_first = name in ("quantize_state", "master_weights-24")
-    return FAMILIES if is_first else ("adamw", "muon")
+    return FAMILIES if is_first else ("adamw",)
 
 
 def rows() -> list[Any]:

@@ -73,15 +73,10 @@ def variants_are_slow(cases: Sequence[Case]) -> list[Any]:
     ]
 
 
-# One row of each kind of state and of each way to an update, links and optimizers.
+# One row of each kind of state and of each way to an update.
 FAMILIES = (
-    "scale_by_momentum",
-    "scale_by_adam",
     "scale_by_adopt",
     "lookahead",
-    "trust_ratio-lamb",
-    "factored_rms",
-    "orthogonalize_via_newton_schulz",
     "sgd",
     "adamw",
     "adan",

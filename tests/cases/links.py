@@ -69,7 +69,13 @@ CASES = [
         ox.scale_by_ademamix,
         {"alpha": 5.0, "alpha_warmup": 4.0, "b3_warmup": 2.0},
     ),
-    Case("scale_by_stable_adam", ox.scale_by_stable_adam, scope="block"),
+    # What `stable_adamw` compiles.
+    Case(
+        "scale_by_stable_adam",
+        ox.scale_by_stable_adam,
+        scope="block",
+        by_default=False,
+    ),
     Case(
         "scale_by_stable_adam-weight_decay",
         ox.scale_by_stable_adam,
@@ -80,9 +86,11 @@ CASES = [
     ),
     Case("scale_by_adam_mini", ox.scale_by_adam_mini, scope="block"),
     Case("cautious", ox.cautious, {"inner": ox.scale_by_adam()}, scope="block"),
+    # What `came` compiles.
     Case(
         "scale_by_confidence",
         ox.scale_by_confidence,
+        by_default=False,
         static_args=("min_dim_size_to_factor",),
         complex_supported=False,
         scope="block",

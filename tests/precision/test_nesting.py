@@ -12,6 +12,7 @@ import optaxplus as ox
 from tests.assertions import assert_same_types
 from tests.precision.weight_rules import FAST
 from tests.problems import normal_tree
+from tests.selection import mostly
 
 SHAPES = {"hidden": {"kernel": (64, 96), "bias": (96,)}, "head": {"kernel": (96, 4)}}
 X = normal_tree({"x": (32, 64)}, seed=3)["x"]
@@ -104,7 +105,20 @@ SENSIBLE = {
 }
 
 
-@pytest.mark.parametrize("name", SENSIBLE)
+# Every wrapper once, and codes inside of each.
+BY_DEFAULT = {
+    "scaled, 24 bits, codes",
+    "codes, master",
+    "accumulated, 24 bits, codes",
+    "MultiSteps, compensated, codes",
+    "codes, lookahead",
+    "24 bits, Muon in codes",
+    "injected codes",
+    "groups",
+}
+
+
+@pytest.mark.parametrize("name", mostly(BY_DEFAULT, SENSIBLE))
 def test_sensible_orders_train(name):
     # AdamW in float32 leaves 2 % of the loss, half as many steps 15 %.
     assert loss_of(train(SENSIBLE[name]())) < 0.3 * loss_of(start())
