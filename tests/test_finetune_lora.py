@@ -169,6 +169,7 @@ def test_the_manual_is_split_into_different_topics():
     assert len(train & validation) < 5
 
 
+@pytest.mark.slow
 def test_everything_is_written(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "finetune_lora.py")]
     command += ["--steps", "3", "--width", "64", "--out", str(tmp_path)]

@@ -25,6 +25,7 @@ def start(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_everything_is_written(tmp_path):
     arguments = ["--steps", "5", "--width", "64", "--threshold", "2"]
     finished = start(tmp_path, *arguments)

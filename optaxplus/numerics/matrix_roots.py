@@ -365,6 +365,7 @@ def by_platform(
             lambda xs: tuple(y[0] for y in function(*(x[None] for x in xs))), stacks
         )
 
+    others = {} if on_tpus is None else {"tpu": on_tpus}
     return lambda *stacks: lax.platform_dependent(
-        *stacks, cpu=in_turn, tpu=on_tpus or function, default=function
+        *stacks, cpu=in_turn, **others, default=function
     )

@@ -70,7 +70,9 @@ def quantized():
 @pytest.mark.parametrize(
     ("kind", "specs"),
     [
-        pytest.param(AxisType.Explicit, ROWS, id="explicit-rows"),
+        pytest.param(
+            AxisType.Explicit, ROWS, id="explicit-rows", marks=pytest.mark.slow
+        ),
         pytest.param(AxisType.Auto, COLUMNS, id="auto-columns"),
         pytest.param(AxisType.Auto, ROWS, id="auto-rows", marks=pytest.mark.slow),
         pytest.param(
