@@ -105,8 +105,9 @@ SENSIBLE = {
 }
 
 
-# Every wrapper once, and codes inside of each.
+# Every wrapper at least once.
 BY_DEFAULT = {
+    "stochastic, chain",
     "scaled, 24 bits, codes",
     "codes, master",
     "accumulated, 24 bits, codes",

@@ -190,7 +190,7 @@ def in_turn(names, modes):
     )
 
 
-# Layouts that neither another one nor tests/sharding/test_programs.py go through.
+# A layout of each kind, and every mode.
 BY_DEFAULT = {
     ("fsdp", "explicit"),
     ("fsdp x tensor", "auto"),
