@@ -72,7 +72,7 @@ ADAM = {"b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0}
 MUON = {"adamw_b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0}
 # Their rates mean something else for matrices than AdamW's: the rest keeps its best.
 ADAMW_APART = MUON | {"adamw_learning_rate": 2e-3}
-# Sophia-G as its authors run it.
+# With the b1, gamma and eps of Sophia-G in its authors' training script.
 SOPHIA = {
     "b1": 0.965,
     "gamma": 0.05,
