@@ -21,10 +21,10 @@ import optaxplus as ox
 # A script's own folder, also where the tests load it by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import curvature_cost
+import pod_tables
 import storage_time
 import train_gpt_storage
 from methods import FROM_OPTAX, METHODS, WRAPPERS, Method
-from pod_cost import markdown
 from routing import OURS, details, misses, summary
 from train_gpt_seeds import table
 
@@ -373,13 +373,17 @@ def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def pod_cost() -> str:
     """What an update of Muon costs on a pod."""
-    return markdown(json.loads((RESULTS / "pod_cost.json").read_text("utf-8")))
+    results = json.loads((RESULTS / "pod_cost.json").read_text("utf-8"))
+    return pod_tables.muon_table(results)
 
 
 def curvature() -> str:
     """What Shampoo, SOAP and others cost beside AdamW and Muon."""
     results = json.loads((RESULTS / "curvature_cost.json").read_text("utf-8"))
-    return curvature_cost.markdown(results)
+    on_pods = json.loads((RESULTS / "pod_cost.json").read_text("utf-8"))
+    return "\n\n".join(
+        [curvature_cost.markdown(results), pod_tables.factors_table(on_pods)]
+    )
 
 
 BLOCKS = {

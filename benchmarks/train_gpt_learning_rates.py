@@ -90,7 +90,7 @@ GRIDS = {
     "shampoo": Grid((1e-3, 2e-3, 4e-3, 8e-3), MUON, ox.shampoo),
     "kron": Grid((2.5e-4, 5e-4, 1e-3, 2e-3), ADAMW_APART, ox.kron),
     # A quarter of the width, as in the paper.
-    "apollo": Grid((2e-3, 4e-3, 8e-3, 1.6e-2), ADAMW_APART | {"rank": 32}, ox.apollo),
+    "apollo": Grid((4e-3, 8e-3, 1.6e-2, 3.2e-2), ADAMW_APART | {"rank": 32}, ox.apollo),
     "sophia": Grid((6.25e-5, 1.25e-4, 2.5e-4, 5e-4), SOPHIA, sophia),
     "sgd": Grid((0.1, 0.2, 0.4, 0.8)),
     "adam": Grid((1e-3, 2e-3, 4e-3, 8e-3)),

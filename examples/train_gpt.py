@@ -85,7 +85,7 @@ def adamw(
     )
 
 
-# The first five: the best of four trials each, by the last validation loss, with the
+# The first seven: the best of four trials each, by the last validation loss, with the
 # same clipping, decay and b2. benchmarks/train_gpt_learning_rates.py repeats them, and
 # benchmarks/results/train_gpt_learning_rates.json has them. The others are reasonable,
 # but hardly tuned.
@@ -95,6 +95,8 @@ RECIPES = {
     "normuon": Recipe(4e-3, partial(ox.normuon, clip_norm=1.0)),
     "adamuon": Recipe(4e-3, partial(ox.adamuon, clip_norm=1.0)),
     "scion": Recipe(1.8e-4, partial(ox.scion, clip_norm=1.0)),
+    "soap": Recipe(4e-3, partial(ox.soap, clip_norm=1.0)),
+    "shampoo": Recipe(2e-3, partial(ox.shampoo, clip_norm=1.0)),
     "sgd": Recipe(0.3, partial(ox.sgd, momentum=0.9, nesterov=True)),
     "adam": Recipe(2e-3, partial(ox.adam, b2=0.95)),
     "lion": Recipe(4e-4, partial(ox.lion, weight_decay=0.5)),

@@ -20,6 +20,7 @@ __all__ = [
     "check_at_least",
     "check_at_most",
     "check_below_one",
+    "check_between_zero_and_one",
     "check_choice",
     "check_decay_rate",
     "check_epsilon",
@@ -126,6 +127,14 @@ def check_below_one(function: str, **values: Any) -> None:
         )
 
 
+def check_between_zero_and_one(function: str, **values: Any) -> None:
+    """Refuses numbers outside (0, 1)."""
+    for argument, value in values.items():
+        _check_number(
+            function, argument, value, lambda x: 0 < x < 1, "a number in (0, 1)"
+        )
+
+
 def check_epsilon(function: str, *, eps: Any, eps_root: Any = 0.0) -> None:
     """Refuses a denominator that a zero gradient would make 0 / 0."""
     check_non_negative(function, eps=eps, eps_root=eps_root)
@@ -220,10 +229,10 @@ def check_flag(function: str, **values: Any) -> None:
 
 
 def check_choice(
-    function: str, argument: str, value: Any, choices: Collection[str]
+    function: str, argument: str, value: Any, choices: Collection[str | None]
 ) -> None:
     """Refuses a mode that is not among the known ones, and lists those."""
-    if not isinstance(value, str) or value not in choices:
+    if not isinstance(value, str | None) or value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
         _refuse(ValueError, function, argument, value, f"it must be one of {known}")
 

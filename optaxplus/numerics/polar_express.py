@@ -67,9 +67,9 @@ def polar_express_coefficients(
     """
     name = "polar_express_coefficients"
     validation.check_int(name, minimum=1, ns_steps=ns_steps)
-    validation.check_positive(name, lower_bound=lower_bound)
+    validation.check_between_zero_and_one(name, lower_bound=lower_bound)
     validation.check_non_negative(name, safety=safety)
-    validation.check_below_one(name, lower_bound=lower_bound, cushion=cushion)
+    validation.check_below_one(name, cushion=cushion)
     low, high, rows = float(lower_bound), 1.0, []
     for step in range(ns_steps):
         a, b, c = _best_quintic(max(low, cushion * high), high)

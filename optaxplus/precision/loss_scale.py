@@ -89,16 +89,11 @@ def dynamic_loss_scale(
     """
     name = "dynamic_loss_scale"
     validation.check_transformation(name, "inner", inner)
-    validation.check_positive(
-        name,
-        init_scale=init_scale,
-        growth_factor=growth_factor,
-        backoff_factor=backoff_factor,
-    )
+    validation.check_positive(name, init_scale=init_scale, growth_factor=growth_factor)
     validation.check_at_least(name, _SMALLEST, init_scale=init_scale)
     validation.check_at_most(name, _LARGEST, init_scale=init_scale)
     validation.check_at_least(name, 1.0, growth_factor=growth_factor)
-    validation.check_below_one(name, backoff_factor=backoff_factor)
+    validation.check_between_zero_and_one(name, backoff_factor=backoff_factor)
     validation.check_int(name, minimum=1, growth_interval=growth_interval)
     wrapped = optax.with_extra_args_support(inner)
 

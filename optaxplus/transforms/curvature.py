@@ -275,8 +275,9 @@ def _part_of(hessian: PyTree, updates: PyTree) -> PyTree:
     for path, g in trees.leaves_with_paths(updates):
         if path not in estimates:
             raise ValueError(
-                f"scale_by_sophia: hessian has no entry for parameter {path!r}; it "
-                "must be a pytree like the gradients."
+                f"scale_by_sophia: hessian, a {type(hessian).__name__}, has no entry "
+                f"for parameter {path!r}; it must be a pytree like the gradients, or a "
+                "function of the parameters that returns one."
             )
         estimate = estimates[path]
         shape, dtype = jnp.shape(estimate), jnp.result_type(estimate)

@@ -71,6 +71,7 @@ def hutchinson(
     name = "hutchinson"
     draws = {"normal": _normal, "rademacher": _rademacher}
     validation.check_choice(name, "distribution", distribution, draws)
+    _check_key(name, key)
     leaves = _Leaves(name, params)
 
     def loss(values: list[jax.Array]) -> jax.Array:
@@ -141,6 +142,7 @@ def gauss_newton_bartlett(
       (3, 4)
     """
     name = "gauss_newton_bartlett"
+    _check_key(name, key)
     if batch_size is not None:
         validation.check_positive(name, batch_size=batch_size)
     leaves = _Leaves(name, params)
@@ -172,14 +174,28 @@ def gauss_newton_bartlett(
     return leaves.estimates([jnp.square(trees.widen(g)) for g in grads])
 
 
+def _check_key(function: str, key: Any) -> None:
+    dtype = getattr(key, "dtype", None)
+    # Keys of jax.random.PRNGKey are bare words.
+    is_key = dtype is not None and (
+        (jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.ndim == 0)
+        or (dtype == jnp.uint32 and key.ndim == 1)
+    )
+    if not is_key:
+        raise TypeError(
+            f"{function}: key={key!r} is not allowed; it must be one random key of "
+            "JAX, such as jax.random.key(0)."
+        )
+
+
 def _chosen(
     function: str, losses: jax.Array, where: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The losses with zeros where they do not count, and how many do."""
-    if jnp.result_type(where) != jnp.bool_:
+    if getattr(where, "dtype", None) != jnp.bool_:
         raise TypeError(
-            f"{function}: where of dtype {jnp.result_type(where)} is not allowed; it "
-            "must be bool."
+            f"{function}: where={_described(where)} is not allowed; it must be an "
+            "array of bools."
         )
     if jnp.shape(where) != losses.shape:
         raise ValueError(

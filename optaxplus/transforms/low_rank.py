@@ -126,6 +126,8 @@ def _apollo_matrices(
         limit = max_norm_growth * last_norm
         is_limited = (last_norm > 0) & (norm > limit)
         length = length * jnp.where(is_limited, limit / or_one(norm), 1.0)
+        # A limit cannot be kept to by what has no norm, nor by what follows it.
+        length = jnp.where(jnp.isnan(norm), norm, length)
         new_norm = jnp.where(is_limited, limit, norm)
         last_norm = jnp.where(norm == 0, last_norm, new_norm)
     update = ((length * factor) * wide) * inverse
@@ -231,8 +233,9 @@ def scale_by_apollo(
       `optax.inject_hyperparams` pass `static_args=("rank", "update_interval", "seed")`.
 
       Where (1 - b2)·|R|² overflows float32 that entry of the projection counts as 0
-      from then on. A NaN or infinity in the gradient makes its matrix NaN from then on.
-      Gradients below 1e-19, whose squares underflow, pass the limiter unseen.
+      from then on. A NaN or infinity in the gradient makes its matrix NaN from then on,
+      for `scaling="channel"` without a limiter its channel alone. Gradients below
+      1e-19, whose squares underflow, pass the limiter unseen.
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not real floating

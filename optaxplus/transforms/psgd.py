@@ -261,12 +261,8 @@ def scale_by_kron(
     """
     name = "scale_by_kron"
     validation.check_decay_rate(name, b1=b1)
-    positive = {
-        "preconditioner_learning_rate": preconditioner_learning_rate,
-        "init_scale": init_scale,
-    }
-    validation.check_positive(name, **positive)
-    validation.check_below_one(
+    validation.check_positive(name, init_scale=init_scale)
+    validation.check_between_zero_and_one(
         name, preconditioner_learning_rate=preconditioner_learning_rate
     )
     if interval_growth is not None:

@@ -386,7 +386,8 @@ def scale_by_shampoo(
       and so is the update; above, they do not grow any more, and the update does. A
       zero gradient leaves all of the update to the mean. Where squares overflow
       (entries above about 1e19) that of grafting "adam" and "adagrad" is 0 from then
-      on. Where a gradient is not finite its matrix is NaN from then on.
+      on. Where a gradient is not finite its matrix is NaN from the next refresh
+      on at the latest, and not finite until then.
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not real floating
@@ -407,16 +408,14 @@ def scale_by_shampoo(
     """
     name = "scale_by_shampoo"
     validation.check_decay_rate(name, b1=b1, b3=b3)
+    validation.check_non_negative(name, b2=b2, eps=eps)
+    validation.check_at_most(name, 1.0, b2=b2)
     is_sum = not isinstance(b2, jax.Array) and b2 == 1
-    if not is_sum:
-        validation.check_decay_rate(name, b2=b2)
-    validation.check_non_negative(name, eps=eps)
     validation.check_positive(name, grafting_eps=grafting_eps)
     validation.check_int(name, minimum=1, update_interval=update_interval)
     if root_order is not None:
         validation.check_int(name, minimum=1, root_order=root_order)
-    if grafting is not None:
-        validation.check_choice(name, "grafting", grafting, GRAFTINGS)
+    validation.check_choice(name, "grafting", grafting, (*GRAFTINGS, None))
     validation.check_choice(name, "root_method", root_method, ROOT_METHODS)
     if root_method == "newton":
         validation.check_static_margin(name, eps=eps)

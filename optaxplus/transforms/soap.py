@@ -261,10 +261,11 @@ def scale_by_soap(
       `optax.inject_hyperparams` pass
       `static_args=("b3", "update_interval", "max_dim")`; leave out "b3" if it is given.
 
-      A zero gradient leaves all of the update to Adam's mean. Where the squares of a
-      rotated gradient overflow float32 (entries above about 1e19) the update is 0 from
-      then on, as with Adam; where a gradient is not finite its matrix is NaN from then
-      on.
+      A zero gradient leaves all of the update to Adam's mean. Gradients with entries
+      above about 1e15 are in the factors as if these were the largest. Where the
+      squares of a rotated gradient overflow float32 (entries above about 1e19) the
+      update is 0 from then on, as with Adam; where a gradient is not finite its matrix
+      is NaN from then on.
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not real floating

@@ -325,6 +325,7 @@ WRONG = [
     (TypeError, (jnp.ones((2, 2), "int32"), 2), {}, "x of dtype int32 is not allowed"),
     (TypeError, (jnp.ones((2, 2), "complex64"), 2), {}, "x of dtype complex64 .* real"),
     (TypeError, (jnp.ones((2, 2), "bool"), 2), {}, "x of dtype bool is not allowed"),
+    (TypeError, ([[1.0]], 2), {}, "x of type list is not allowed; .* floating point"),
     (TypeError, (GOOD, 2.0), {}, r"order=2.0 is not allowed; .* an integer >= 1"),
     (TypeError, (GOOD, True), {}, "order=True is not allowed"),
     (TypeError, (GOOD, jnp.int32(2)), {}, "order shapes the compiled program"),

@@ -430,8 +430,9 @@ def test_bad_arguments(arguments, kind, message):
         (PARAMS | {"w": jnp.ones((4, 3))}, ValueError, r"\(4, 3\) at 'w'.*\(3, 4\)"),
         (PARAMS | {"b": jnp.ones(4, int)}, TypeError, "dtype int32 at 'b'"),
         (lambda p: {"w": p["w"]}, ValueError, "no entry for parameter 'b'"),
+        ("gnb", ValueError, "hessian, a str, has no entry .* or a function"),
     ],
-    ids=["missing", "incomplete", "shape", "dtype", "function"],
+    ids=["missing", "incomplete", "shape", "dtype", "function", "name"],
 )
 def test_bad_estimates(hessian, kind, message):
     tx = ox.scale_by_sophia()

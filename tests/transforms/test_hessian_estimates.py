@@ -389,7 +389,22 @@ def test_a_tree_without_numbers():
                 logits_fn, WEIGHTS, KEY, where=jnp.ones(7)
             ),
             TypeError,
-            r"where of dtype float32 .*bool",
+            r"where=an array of dtype float32 .*bool",
+        ),
+        (
+            lambda: ox.gauss_newton_bartlett(logits_fn, WEIGHTS, KEY, where=[True] * 7),
+            TypeError,
+            r"where=a list .*array of bools",
+        ),
+        (
+            lambda: ox.gauss_newton_bartlett(logits_fn, WEIGHTS, None),
+            TypeError,
+            r"gauss_newton_bartlett: key=None .*random key",
+        ),
+        (
+            lambda: ox.hutchinson(quadratic, POINT, jax.random.split(KEY)),
+            TypeError,
+            r"hutchinson: key=(.|\n)* one random key",
         ),
         (
             lambda: ox.gauss_newton_bartlett(

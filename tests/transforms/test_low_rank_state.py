@@ -179,12 +179,14 @@ def test_rank_deficient_gradients():
     assert (updates[-1] * g > 0).all()
 
 
+@pytest.mark.parametrize("arguments", [MINI, {"rank": 2}], ids=["mini", "channels"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_one_bad_entry_makes_its_matrix_nan(bad: float):
+def test_one_bad_entry_makes_its_matrix_nan(bad: float, arguments):
+    """With channels the limiter would otherwise let the others grow from then on."""
     (g,) = gradients((2, 3, 4), steps=1)
     poisoned = g.copy()
     poisoned[0, 1, 1] = bad
-    updates, _ = follow([poisoned, g], axes=STACK, **MINI)
+    updates, _ = follow([poisoned, g], axes=STACK, **arguments)
     for update in updates:
         assert np.isnan(update[0]).all()
         assert np.isfinite(update[1]).all()
