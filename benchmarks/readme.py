@@ -21,6 +21,7 @@ import optaxplus as ox
 # A script's own folder, also where the tests load it by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import curvature_cost
+import memory_table
 import pod_tables
 import storage_time
 import train_gpt_storage
@@ -386,6 +387,12 @@ def curvature() -> str:
     )
 
 
+def memory() -> str:
+    """What a model of 70 billion parameters takes with each optimizer."""
+    results = json.loads((RESULTS / "memory_table.json").read_text("utf-8"))
+    return memory_table.markdown(results)
+
+
 BLOCKS = {
     "methods": methods_table,
     "main job": main_job,
@@ -397,6 +404,7 @@ BLOCKS = {
     "orthogonality": orthogonality,
     "seeds": seeds,
     "storage": storage,
+    "memory": memory,
     "update time": update_time,
 }
 

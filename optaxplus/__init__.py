@@ -52,6 +52,7 @@ from optaxplus.precision.weights import (
     stochastic_rounding,
 )
 from optaxplus.report.memory import MemoryReport, memory_report
+from optaxplus.report.models import abstract_params
 from optaxplus.report.placement_plan import PlacementPlan, plan_placement
 from optaxplus.report.routing_table import RoutingTable, explain_routing
 from optaxplus.sharding.placement import Placement
@@ -155,6 +156,7 @@ __all__ = [
     "ScaleBySoapState",
     "ScaleBySophiaState",
     "ScaleByStableAdamState",
+    "abstract_params",
     "accumulate",
     "adafactor",
     "adagrad",

@@ -1,8 +1,10 @@
-"""Plain-text tables and numbers a person reads."""
+"""Tables and numbers a person reads."""
 
+import importlib.util
+import sys
 from collections.abc import Sequence
 
-__all__ = ["format_bytes", "format_table"]
+__all__ = ["format_bytes", "format_table", "print_table"]
 
 
 def format_table(
@@ -25,6 +27,32 @@ def format_table(
 
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def print_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()
+) -> None:
+    """Prints a table: by rich on a terminal where it is installed, else as plain text.
+
+    Args:
+      header: Column titles.
+      rows: One text a column.
+      right: Indices of the columns that are aligned to the right.
+    """
+    if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
+        print(format_table(header, rows, right))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for index, title in enumerate(header):
+        justify = "right" if index in right else "left"
+        table.add_column(title, justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    # Brackets are text here, no styles.
+    Console(markup=False).print(table)
 
 
 def format_bytes(count: float) -> str:
