@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,29 @@ from train_gpt_learning_rates import train_gpt
 
 RESULTS = Path(__file__).parent / "results" / "train_gpt_seeds.json"
 BASELINE = "adamw"
-# Tuned under another name, with arguments added: label -> (optimizer, arguments).
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "muon, standard form": ("muon", {"method": "standard"}),
-    "muon, ns_steps=4": ("muon", {"ns_steps": 4}),
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What trains with the learning rate that is best for something else.
+
+    Attributes:
+        optimizer: What that is.
+        arguments: Added to its own.
+        share: Of the steps, with a schedule that ends there.
+    """
+
+    optimizer: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+
+
+VARIANTS = {
+    "muon, standard form": Variant("muon", {"method": "standard"}),
+    "muon, ns_steps=4": Variant("muon", {"ns_steps": 4}),
+    "muon, half of the steps": Variant("muon", share=0.5),
+    "normuon, half of the steps": Variant("normuon", share=0.5),
+    "soap, half of the steps": Variant("soap", share=0.5),
 }
 
 
@@ -47,10 +67,12 @@ def best_trials(path: Path, steps: int) -> dict[str, dict[str, Any]]:
             other = best.setdefault(done["optimizer"], done)
             if done["final_validation_loss"] < other["final_validation_loss"]:
                 best[done["optimizer"]] = done
-    for label, (name, arguments) in VARIANTS.items():
-        if name in best:
-            best[label] = best[name] | {
-                "arguments": best[name]["arguments"] | arguments
+    for label, variant in VARIANTS.items():
+        if variant.optimizer in best:
+            trial = best[variant.optimizer]
+            best[label] = trial | {
+                "arguments": trial["arguments"] | variant.arguments,
+                "steps": round(variant.share * trial["steps"]),
             }
     return best
 
@@ -168,20 +190,23 @@ def main() -> int:
     text = sweep.standard_library()
     with sweep.Interruption() as interruption:
         for seed in options.seeds:
-            task = train_gpt.Task(sweep.model(), text, options.steps, seed)
-            trainer = sweep.Trainer(task, interruption, Console(quiet=True))
             for name in options.optimizers:
                 trial = best[name] | {"optimizer": name, "seed": seed}
                 keys = ("optimizer", "learning_rate", "arguments", "steps", "seed")
                 if any(all(trial[key] == run[key] for key in keys) for run in runs):
                     continue
+                task = train_gpt.Task(sweep.model(), text, trial["steps"], seed)
+                trainer = sweep.Trainer(task, interruption, Console(quiet=True))
                 run = train(name, best[name], trainer)
                 if interruption.requested:
                     return 1
                 runs.append(run)
                 sweep.save(runs, options.out)
                 console.print(f"{name}, seed {seed}: {run['validation'][-1][1]:.4f}")
-    header, *lines = table([run for run in runs if run["steps"] == options.steps])
+    lengths = {name: trial["steps"] for name, trial in best.items()}
+    header, *lines = table(
+        [run for run in runs if run["steps"] == lengths.get(run["optimizer"])]
+    )
     printed = Table(*header)
     for line in lines:
         printed.add_row(*line)

@@ -250,7 +250,7 @@ CASES = [
             "shampoo" + variant,
             ox.shampoo,
             kwargs,
-            learning_rate=0.1,
+            learning_rate=learning_rate,
             by_default=False,
             static_args=_KRONECKER_STATIC,
             rtol=_ROOT_RTOL,
@@ -261,10 +261,11 @@ CASES = [
                 **{k: x for k, x in kwargs.items() if k != "large_dims"},
             ),
         )
-        for variant, kwargs in (
-            ("", {}),
+        for variant, learning_rate, kwargs in (
+            ("", 0.1, {}),
             (
                 "-sums",
+                1.0,  # As Adagrad's: steps shrink.
                 {
                     "b1": 0.0,
                     "b2": 1.0,
