@@ -187,7 +187,12 @@ def metrics(state: PyTree) -> dict[str, dict[str, jax.Array]]:
     (measured,) = found
     # NNX puts variables in the place of arrays.
     arrays = [array for _, array in trees.leaves_with_paths(measured.metrics)]
-    return trees.unflatten_like(measured.metrics, arrays)
+    values = trees.unflatten_like(measured.metrics, arrays)
+    # In the order of their names here, not in that of the alphabet.
+    return {
+        label: {metric: of_label[metric] for metric in _NAMES}
+        for label, of_label in values.items()
+    }
 
 
 class _Sum(NamedTuple):
