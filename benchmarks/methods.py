@@ -310,6 +310,14 @@ WRAPPERS = (
         "batches that do not fit; expensive rules, which run once per batch",
         "batches that fit",
     ),
+    Method(
+        "with_metrics",
+        ox.with_metrics(ox.sgd(0.1)),
+        "-",
+        "norms of gradient, update and parameters in the state, per label: "
+        "`ox.metrics(state)`",
+        "the last percent of speed: three more reductions of each parameter",
+    ),
 )
 
 # Good as they are in optax and tested to work with what is here.

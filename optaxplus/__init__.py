@@ -52,6 +52,7 @@ from optaxplus.precision.weights import (
     stochastic_rounding,
 )
 from optaxplus.report.memory import MemoryReport, memory_report
+from optaxplus.report.metrics import MetricsState, metrics, with_metrics
 from optaxplus.report.models import abstract_params
 from optaxplus.report.placement_plan import PlacementPlan, plan_placement
 from optaxplus.report.routing_table import RoutingTable, explain_routing
@@ -127,6 +128,7 @@ __all__ = [
     "MarsCorrectionState",
     "MatrixAxes",
     "MemoryReport",
+    "MetricsState",
     "NormalizeNeuronsState",
     "Placement",
     "PlacementPlan",
@@ -200,6 +202,7 @@ __all__ = [
     "mars_correction",
     "master_weights",
     "memory_report",
+    "metrics",
     "muon",
     "nadam",
     "normalize_neurons",
@@ -251,4 +254,5 @@ __all__ = [
     "state_sharding",
     "stochastic_rounding",
     "trust_ratio",
+    "with_metrics",
 ]

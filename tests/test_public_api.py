@@ -53,7 +53,7 @@ FACTORIES = {
     name: value
     for name, value in FUNCTIONS.items()
     if value.__module__.split(".")[1] in ("transforms", "optimizers")
-}
+} | {"with_metrics": ox.with_metrics}
 
 each_function = pytest.mark.parametrize("name", sorted(FUNCTIONS))
 each_factory = pytest.mark.parametrize("name", sorted(FACTORIES))

@@ -1,4 +1,4 @@
-"""The contracts of the table with state and weights in fewer bits.
+"""The contracts of the table with state and weights in fewer bits, and measured.
 
 Every wrapper around every named optimizer: five families of state by default (one
 moment, two, matrices beside vectors, factors, an average of parameters), the others
@@ -31,7 +31,10 @@ QUANTIZED = partial(ox.quantize_state, min_size=1, block_size=8, keep=())
 WRAPPERS = WEIGHTS | {
     "quantize_state": QUANTIZED,
     "dynamic_loss_scale": ox.dynamic_loss_scale,
+    "with_metrics": ox.with_metrics,
 }
+# They emit what is inside of them, in its dtype.
+AS_INSIDE = ("quantize_state", "with_metrics")
 
 
 def wrapped(name: str, case: Case) -> Case:
@@ -46,8 +49,8 @@ def wrapped(name: str, case: Case) -> Case:
         case,
         name=f"{name}-{case.name}",
         factory=factory,
-        needs_params=case.needs_params or name in WEIGHTS,
-        is_wide=None if is_quantized else True,
+        needs_params=case.needs_params or name in (*WEIGHTS, "with_metrics"),
+        is_wide=case.is_wide if name in AS_INSIDE else True,
         scope="tree" if name == "dynamic_loss_scale" else case.scope,
         # A rounding may move a moment to the next code: 2/127 of one that is large.
         rtol=max(case.rtol, 0.1) if is_quantized else case.rtol,

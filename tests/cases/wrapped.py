@@ -52,6 +52,14 @@ def cautious_lion(
     )
 
 
+def adamw_with_metrics(
+    learning_rate: Any, *, weight_decay: Any = 0.1
+) -> optax.GradientTransformation:
+    """AdamW, measured before its update is rounded."""
+    adamw = optax.chain(ox.scale_by_adam(), ox.descend(learning_rate, weight_decay))
+    return ox.chain_in_float32(ox.with_metrics(adamw), requires_params="with_metrics")
+
+
 # The way back to the slow parameters undoes the roundings of the fast ones, so that
 # those are in the updates: 2^-9 of parameters, not of updates.
 _LOOKAHEAD_RTOL = 0.1
@@ -115,5 +123,15 @@ CASES = [
         zero_gradient=decay_of(0.1),
         oracle=reference(sign.lion, weight_decay=0.1, cautious=True),
         torch={"cautious_lion": None},
+    ),
+    Case(
+        "with_metrics-adamw",
+        adamw_with_metrics,
+        learning_rate=0.1,
+        needs_params=True,
+        zero_gradient=decay_of(0.1),
+        oracle=reference(adaptive.adamw, weight_decay=0.1),
+        torch={"adamw": None},
+        twin=lambda rate: optax.adamw(rate, weight_decay=0.1),
     ),
 ]
