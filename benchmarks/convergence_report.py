@@ -1,6 +1,6 @@
 """Tables and figures of what `convergence.py` found.
 
-    python benchmarks/convergence_report.py              # benchmarks/results/convergence
+    python benchmarks/convergence_report.py              # of benchmarks/results
     python benchmarks/convergence_report.py runs/convergence
 
 Prints a table for every task and writes two figures beside the results: `losses.png`,
