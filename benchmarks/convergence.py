@@ -4,8 +4,8 @@ Every optimizer gets the same model, data in the same order, number of steps, sc
 (5 % of warm-up, then a cosine to zero), clipping and number of trials: seven learning
 rates with one seed, the first five a factor of 10^(1/2) apart, the last two where the
 losses before them say. The best one then trains with three other seeds, which are what
-is reported: the last validation loss, steps and seconds to the best loss of AdamW with
-the same seed, and how much a wrong learning rate costs.
+is reported: the last validation loss, the steps to the best loss of AdamW with the same
+seed, their time beside AdamW's, and how much a wrong learning rate costs.
 
     python benchmarks/convergence.py                     # hours
     python benchmarks/convergence.py --tasks conv_net --optimizers adamw muon
@@ -88,6 +88,11 @@ class Run:
         """The highest one of the schedule."""
         return rate_of(self.optimizer, self.exponent)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the optimizer has beside it."""
+        return OPTIMIZERS[self.optimizer].arguments
+
 
 def rate_of(optimizer: str, exponent: int) -> float:
     """A learning rate with four significant digits."""
@@ -101,6 +106,7 @@ class Results:
         self.path = folder / f"{name}.json"
         self.job = {
             "title": task.title,
+            "model": repr(task.model),
             "steps": task.steps,
             "warmup_share": WARMUP_SHARE,
             **task.settings,
@@ -117,6 +123,13 @@ class Results:
             self.times = document["times"]
             for found in document["runs"]:
                 key = Run(found["optimizer"], found["exponent"], found["seed"])
+                now = {"learning_rate": key.learning_rate, "arguments": key.arguments}
+                if any(found[name] != value for name, value in now.items()):
+                    sys.exit(
+                        f"{self.path}: {key} was made with another optimizer than "
+                        f"OPTIMIZERS has now, {now}. Remove its runs from the file, or "
+                        "pass another --out."
+                    )
                 self.runs[key] = found
 
     def add(self, run: Run, found: dict[str, Any]) -> None:
@@ -126,6 +139,7 @@ class Results:
             "exponent": run.exponent,
             "seed": run.seed,
             "learning_rate": run.learning_rate,
+            "arguments": run.arguments,
             **found,
             **circumstances(),
         }
@@ -157,6 +171,8 @@ class Results:
     def best_exponent(self, optimizer: str) -> int:
         """Of the trial with the lowest last validation loss."""
         losses = self.losses(optimizer)
+        if not losses:
+            sys.exit(f"{self.path}: there is no trial of {optimizer} yet.")
         return min(losses, key=lambda exponent: losses[exponent])
 
 
@@ -209,13 +225,14 @@ class Trainer:
 
     def optimizer(self, rate: Any) -> optax.GradientTransformationExtraArgs:
         """Of a learning rate, traced or not."""
-        kind, others = OPTIMIZERS[self.name], {}
+        kind = OPTIMIZERS[self.name]
+        others = dict(kind.arguments)
         if kind.keeps_adamw_rate:
             others["adamw_learning_rate"] = schedule(self.adamw_rate, self.task.steps)
         return optax.with_extra_args_support(
             optax.chain(
                 ox.clip_by_global_norm(1.0),
-                kind.build(schedule(rate, self.task.steps), **others),
+                kind.factory(schedule(rate, self.task.steps), **others),
             )
         )
 
@@ -349,16 +366,18 @@ def measure_times(
     trainers = {name: Trainer(task, name, adamw_rate(name, results)) for name in runs}
     milliseconds: dict[str, list[float]] = {name: [] for name in runs}
     generator = np.random.default_rng(0)
-    # The round before the first one compiles.
-    for index in range(-1, rounds):
+    states = {name: [*trainers[name].start(run)] for name, run in runs.items()}
+    # The first round compiles, and has the first steps, which may be like no others.
+    for index in range(rounds + 1):
         for at in generator.permutation(len(runs)):
             name = [*runs][at]
-            state = trainers[name].start(runs[name])
             seconds = 0.0
-            for step in range(STEPS_IN_TURN):
-                *state, _, duration = trainers[name].step(runs[name], step, *state)
+            for step in range(index * STEPS_IN_TURN, (index + 1) * STEPS_IN_TURN):
+                *states[name], _, duration = trainers[name].step(
+                    runs[name], step, *states[name]
+                )
                 seconds += duration
-            if index >= 0:
+            if index:
                 milliseconds[name].append(1e3 * seconds / STEPS_IN_TURN)
     baseline = np.array(milliseconds[BASELINE])
     return {
@@ -453,9 +472,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.small:
                 task = replace(task, steps=SMALL_STEPS)
             results = Results(name, task, options.out)
+            if interruption.requested:
+                break
             if options.times:
                 found = measure_times(task, options.optimizers, results, rounds)
-                results.times = {"optimizers": found, "rounds": rounds}
+                others = results.times.get("optimizers", {})
+                results.times = {"optimizers": others | found, "rounds": rounds}
                 results.times |= circumstances()
                 results.write()
                 continue
@@ -469,7 +491,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 **counts,
             )
     console.print(f"Written to {options.out}", highlight=False)
-    return 0
+    return 1 if interruption.requested else 0
 
 
 if __name__ == "__main__":

@@ -117,6 +117,8 @@ def _first_step(run: dict[str, Any], goal: float) -> float:
 
 def _higher(trials: dict[int, float], best: int, exponent: int) -> float | None:
     """How much higher the loss of an exponent is, between those that were tried."""
+    if math.isinf(trials[best]):
+        return None
     if exponent in trials:
         return trials[exponent] - trials[best]
     around = [e for e in (exponent - 1, exponent + 1) if e in trials]
@@ -148,18 +150,6 @@ def cells(row: Row, steps: int) -> list[str]:
         *("-" if x is None else f"{x:+.3f}" for x in (row.below, row.above)),
         f"{row.state:.3g}",
     ]
-
-
-def markdown(documents: dict[str, dict[str, Any]]) -> str:
-    """The tables for README.md."""
-    parts = []
-    for document in documents.values():
-        steps = document["job"]["steps"]
-        lines = [HEADER, *(cells(row, steps) for row in rows(document))]
-        table = [f"| {' | '.join(line)} |" for line in lines]
-        table.insert(1, "|" + "---|" * len(HEADER))
-        parts.append("\n".join([f"{document['job']['title']}:", "", *table]))
-    return "\n\n".join(parts)
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -206,7 +196,7 @@ def draw_losses(documents: dict[str, dict[str, Any]], path: Path) -> None:
     ):
         baseline = next(row.loss for row in table if row.optimizer == BASELINE)
         # Diverged and hopeless runs would press all others into a corner.
-        worst = max(row.loss for row in table if row.loss < 2 * baseline)
+        worst = max((x.loss for x in table if x.loss < 2 * baseline), default=0.0)
         for place, row in enumerate(table):
             low, high = min(row.losses.values()), max(row.losses.values())
             if row.loss > worst:

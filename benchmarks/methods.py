@@ -316,7 +316,7 @@ WRAPPERS = (
         "-",
         "norms of gradient, update and parameters in the state, per label: "
         "`ox.metrics(state)`",
-        "the last percent of speed: three more reductions of each parameter",
+        "every microsecond counts: three more reductions of each parameter",
     ),
 )
 

@@ -293,10 +293,9 @@ def seeds() -> str:
             *_markdown([header, *lines]),
             "",
             f"The main job with {count} other seeds, each optimizer at the best of "
-            "four learning rates: median (smallest to largest) of the last validation "
-            f"loss, and of the step, of {runs[0]['steps']}, at which a run is first as "
-            "good as AdamW ever was with its seed. With half of the steps the schedule "
-            "ends there, from the same learning rate. "
+            "four learning rates or more: median (smallest to largest) of the last "
+            f"validation loss, and of the step, of {runs[0]['steps']}, at which a run "
+            "is first as good as AdamW ever was with its seed. "
             "`python benchmarks/train_gpt_seeds.py` trains them.",
         ]
     )

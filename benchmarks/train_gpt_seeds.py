@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +31,15 @@ from train_gpt_learning_rates import train_gpt
 
 RESULTS = Path(__file__).parent / "results" / "train_gpt_seeds.json"
 BASELINE = "adamw"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What trains with the learning rate that is best for something else.
-
-    Attributes:
-        optimizer: What that is.
-        arguments: Added to its own.
-        share: Of the steps, with a schedule that ends there.
-    """
-
-    optimizer: str
-    arguments: dict[str, Any] = field(default_factory=dict)
-    share: float = 1.0
-
-
-VARIANTS = {
-    "muon, standard form": Variant("muon", {"method": "standard"}),
-    "muon, ns_steps=4": Variant("muon", {"ns_steps": 4}),
-    "muon, half of the steps": Variant("muon", share=0.5),
-    "normuon, half of the steps": Variant("normuon", share=0.5),
-    "soap, half of the steps": Variant("soap", share=0.5),
+# Tuned under another name, with arguments added: label -> (optimizer, arguments).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "muon, standard form": ("muon", {"method": "standard"}),
+    "muon, ns_steps=4": ("muon", {"ns_steps": 4}),
 }
+DEFAULT = (
+    *("adamw", "muon", "normuon", "adamuon", "scion", *VARIANTS),
+    *("soap", "shampoo", "kron", "apollo", "sophia"),
+)
 
 
 def best_trials(path: Path, steps: int) -> dict[str, dict[str, Any]]:
@@ -67,12 +51,10 @@ def best_trials(path: Path, steps: int) -> dict[str, dict[str, Any]]:
             other = best.setdefault(done["optimizer"], done)
             if done["final_validation_loss"] < other["final_validation_loss"]:
                 best[done["optimizer"]] = done
-    for label, variant in VARIANTS.items():
-        if variant.optimizer in best:
-            trial = best[variant.optimizer]
-            best[label] = trial | {
-                "arguments": trial["arguments"] | variant.arguments,
-                "steps": round(variant.share * trial["steps"]),
+    for label, (name, arguments) in VARIANTS.items():
+        if name in best:
+            best[label] = best[name] | {
+                "arguments": best[name]["arguments"] | arguments
             }
     return best
 
@@ -167,10 +149,10 @@ def main() -> int:
         "--optimizers",
         nargs="+",
         choices=[*sweep.GRIDS, *VARIANTS],
-        default=["adamw", "muon", *VARIANTS, "normuon", "adamuon", "scion"],
+        default=DEFAULT,
         metavar="NAME",
         help="those of train_gpt_learning_rates.py and "
-        f"{', '.join(map(repr, VARIANTS))} (default: adamw and Muon's family)",
+        f"{', '.join(map(repr, VARIANTS))} (default: {', '.join(DEFAULT)})",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=train_gpt.STEPS)
@@ -190,23 +172,20 @@ def main() -> int:
     text = sweep.standard_library()
     with sweep.Interruption() as interruption:
         for seed in options.seeds:
+            task = train_gpt.Task(sweep.model(), text, options.steps, seed)
+            trainer = sweep.Trainer(task, interruption, Console(quiet=True))
             for name in options.optimizers:
                 trial = best[name] | {"optimizer": name, "seed": seed}
                 keys = ("optimizer", "learning_rate", "arguments", "steps", "seed")
                 if any(all(trial[key] == run[key] for key in keys) for run in runs):
                     continue
-                task = train_gpt.Task(sweep.model(), text, trial["steps"], seed)
-                trainer = sweep.Trainer(task, interruption, Console(quiet=True))
                 run = train(name, best[name], trainer)
                 if interruption.requested:
                     return 1
                 runs.append(run)
                 sweep.save(runs, options.out)
                 console.print(f"{name}, seed {seed}: {run['validation'][-1][1]:.4f}")
-    lengths = {name: trial["steps"] for name, trial in best.items()}
-    header, *lines = table(
-        [run for run in runs if run["steps"] == lengths.get(run["optimizer"])]
-    )
+    header, *lines = table([run for run in runs if run["steps"] == options.steps])
     printed = Table(*header)
     for line in lines:
         printed.add_row(*line)

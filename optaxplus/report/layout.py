@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from optaxplus import trees
+from optaxplus import trees, validation
 from optaxplus.custom_types import PyTree
 from optaxplus.partition.inference import Decision, decide
 from optaxplus.partition.rules import DEFAULT_RULES, Rule
@@ -66,7 +66,9 @@ def lay_out(
       `jax.ShapeDtypeStruct`s with a sharding on a `jax.sharding.AbstractMesh`.
 
     Raises:
-      ValueError: If no rule decides a parameter.
+      TypeError: If a size is no integer.
+      ValueError: If a size is below 1, an axis has another name, or no rule decides a
+        parameter.
 
     Example:
       >>> import jax
@@ -74,6 +76,13 @@ def lay_out(
       >>> lay_out(params, {"fsdp": 8, "tensor": 4})["mlp"]["kernel"].sharding.spec
       P('fsdp', 'tensor')
     """
+    for axis, size in sizes.items():
+        if axis not in MESH_AXES:
+            raise ValueError(
+                f"lay_out: sizes={dict(sizes)!r} is not allowed; axes must be of "
+                f"{', '.join(MESH_AXES)}."
+            )
+        validation.check_int("lay_out", minimum=1, **{axis: size})
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     leaves = [
         jax.ShapeDtypeStruct(

@@ -50,8 +50,8 @@ def hutchinson(
       parameters that are not floating point.
 
     Raises:
-      TypeError: If a parameter is complex or `loss_fn` returns anything but a real
-        scalar.
+      TypeError: If `key` is no random key, a parameter is complex or `loss_fn` returns
+        anything but a real scalar.
       ValueError: If `distribution` is unknown.
 
     Example:

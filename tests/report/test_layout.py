@@ -91,3 +91,17 @@ def test_reads_a_mesh():
 def test_refuses_what_is_no_mesh(text):
     with pytest.raises(ValueError, match="it must be like 'fsdp=8,tensor=4'"):
         mesh_sizes(text)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind", "message"),
+    [
+        ({"model": 8}, ValueError, r"lay_out: sizes=.'model': 8. .*data, fsdp, tensor"),
+        ({"fsdp": 0}, ValueError, "lay_out: fsdp=0 is not allowed; .* >= 1"),
+        ({"fsdp": 2.0}, TypeError, "lay_out: fsdp=2.0 is not allowed; .* integer"),
+    ],
+)
+def test_wrong_sizes_are_refused(sizes, kind, message: str):
+    params = {"mlp": {"kernel": jax.ShapeDtypeStruct((8, 16), "float32")}}
+    with pytest.raises(kind, match=message):
+        lay_out(params, sizes)
