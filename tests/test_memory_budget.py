@@ -51,6 +51,7 @@ def test_order(example):
         assert len(sizes) >= 3
 
 
+@pytest.mark.slow
 def test_a_reserve_leaves_less(example, capsys):
     example.main(["--memory", "24", "--reserve", "12"])
     _, few = lines_of(capsys)
@@ -60,6 +61,7 @@ def test_a_reserve_leaves_less(example, capsys):
     assert len(lines_of(capsys)[1]) > len(few)
 
 
+@pytest.mark.slow
 def test_nothing_fits(example, capsys):
     assert example.main(["--model", "llama-70b", "--memory", "1"]) == 1
     out = capsys.readouterr().out

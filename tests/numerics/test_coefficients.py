@@ -215,8 +215,8 @@ def test_polar_express_converges():
     [
         (ValueError, {"ns_steps": 0}, "ns_steps=0 is not allowed"),
         (TypeError, {"ns_steps": 2.0}, "ns_steps=2.0 is not allowed"),
-        (ValueError, {"lower_bound": 0.0}, "lower_bound=0.0 is not allowed; .* > 0"),
-        (ValueError, {"lower_bound": 1.0}, r"lower_bound=1.0 is not .* \[0, 1\)"),
+        (ValueError, {"lower_bound": 0.0}, r"lower_bound=0.0 is not .* \(0, 1\)"),
+        (ValueError, {"lower_bound": 1.0}, r"lower_bound=1.0 is not .* \(0, 1\)"),
         (ValueError, {"safety": -0.1}, "safety=-0.1 is not allowed; .* >= 0"),
         (ValueError, {"cushion": 1.0}, r"cushion=1.0 is not allowed; .* \[0, 1\)"),
         (TypeError, {"cushion": "0"}, "cushion='0' is not allowed"),
