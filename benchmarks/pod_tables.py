@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from pod_cost import IMPLEMENTATIONS, LAYERS, LAYOUTS, MODELS, MUONS, WITH_FACTORS
@@ -28,15 +29,13 @@ def muon_table(document: dict[str, Any]) -> str:
         ]
         if not any(both):
             continue
-        columns = [
-            ", ".join(_number(row, key, scale, digits) for row in both)
-            for key, scale, digits in (
-                ("times_bytes_bound", 1.0, 2),
-                ("times_flops_bound", 1.0, 2),
-                ("temporary_bytes", 1e9, 2),
-                ("compile_seconds", 1.0, 0),
-            )
-        ]
+        columns = _columns(
+            both,
+            ("times_bytes_bound", 1.0, 2),
+            ("times_flops_bound", 1.0, 2),
+            ("temporary_bytes", 1e9, 2),
+            ("compile_seconds", 1.0, 0),
+        )
         shown = IMPLEMENTATIONS[name].replace("muon", "muon`", 1)
         entries = [shown_chips[chip], layout, f"`{shown}", *columns]
         lines.append(f"| {' | '.join(entries)} |")
@@ -77,15 +76,13 @@ def factors_table(document: dict[str, Any]) -> str:
         rows = [found.get((layout, kind), {}).get("found") for kind in kinds]
         if not any(rows) or (layout, "soap") not in found:
             continue
-        columns = [
-            ", ".join(_number(row, key, scale, digits) for row in rows)
-            for key, scale, digits in (
-                ("wire_bytes", 1e6, 0),
-                ("flops", 1e12, 2),
-                ("temporary_bytes", 1e9, 2),
-                ("compile_seconds", 1.0, 0),
-            )
-        ]
+        columns = _columns(
+            rows,
+            ("wire_bytes", 1e6, 0),
+            ("flops", 1e12, 2),
+            ("temporary_bytes", 1e9, 2),
+            ("compile_seconds", 1.0, 0),
+        )
         shown = IMPLEMENTATIONS[name].partition(",")[0]
         lines.append(f"| {' | '.join([layout, f'`{shown}`', *columns])} |")
     versions = {k: v for row in found.values() for k, v in row["versions"].items()}
@@ -102,6 +99,13 @@ def factors_table(document: dict[str, Any]) -> str:
             "benchmarks/pod_cost.py` compiles them for a TPU v5e.",
         ]
     )
+
+
+def _columns(
+    rows: Sequence[dict[str, Any] | None], *numbers: tuple[str, float, int]
+) -> list[str]:
+    """A cell for each number (its name, unit and digits), with those of all rows."""
+    return [", ".join(_number(row, *number) for row in rows) for number in numbers]
 
 
 def _number(row: dict[str, Any] | None, key: str, scale: float, digits: int) -> str:
