@@ -147,6 +147,8 @@ class Canvas:
 
     def fit(self, shown: np.ndarray, *, log: bool) -> None:
         """Chooses the y axis so that these values are on it, as far as they can be."""
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
         shown = shown[np.isfinite(shown) & ((shown > 0) | (not log))]
         low, high = (shown.min(), shown.max()) if shown.size else (1.0, 1.0)
         if log:
@@ -154,10 +156,11 @@ class Canvas:
             # Limits first: matplotlib cannot find any where nothing is positive.
             self.axes.set_ylim(low / margin, high * margin)
             self.axes.set_yscale("log")
-            if high < 100 * low:
-                # Powers of ten alone would leave the axis without numbers.
-                self.axes.yaxis.set_major_formatter("{x:g}")
-                self.axes.yaxis.set_minor_formatter("{x:g}")
+            if high < 1000 * low:
+                # Powers of ten alone would leave the axis with few numbers, or none.
+                few = MaxNLocator(6) if high < 10 * low else LogLocator(subs=(1, 2, 5))
+                self.axes.yaxis.set(major_locator=few, major_formatter="{x:g}")
+                self.axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
             self.axes.set_ylim(low - margin, high + margin)
