@@ -47,8 +47,9 @@ SETTINGS = {
 # Okabe and Ito's, who made them for all kinds of colour blindness, without the yellow,
 # which is hard to see on white.
 COLORS = ("#0072b2", "#d55e00", "#000000", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-# The numbers of these and of the lines have no common divisor: all pairs are met.
-MARKERS = "osv^Dx*P"
+# All of them have an inside. Their number and that of the lines have no common divisor,
+# so that all pairs are met.
+MARKERS = "osv^DXP<"
 LINES: tuple[Any, ...] = (
     "-",
     "--",

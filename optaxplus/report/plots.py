@@ -52,6 +52,8 @@ _SMALLEST_RATIO = 1e-8
 # Shades of a function, and the lowest that is told apart, relative to the highest.
 _LEVELS = 13
 _LOWEST_LEVEL = 1e-6
+# Where paths have markers.
+_MARKED_STEPS = [digit * 10**power for power in range(9) for digit in (1, 2, 5)]
 # Share of the longest bar that its number of bytes fits into.
 _WIDE_ENOUGH = 0.13
 
@@ -158,15 +160,16 @@ def trajectories(
     value_label: str = "loss",
     title: str | None = None,
     legend: bool = True,
+    colorbar: bool = True,
     ax: Axes | None = None,
     path: str | Path | None = None,
 ) -> Figure:
     """Draws the paths of optimizers over the contours of a function of two parameters.
 
     The shades of the function are equally spaced in the logarithm if it is nowhere
-    negative. A path starts at a circle and ends at a larger marker of its own; the
-    legend says which end outside of the frame, which is that of `surface`, and from
-    which step on one is not finite.
+    negative. A path starts at a circle, has markers after 1, 2, 5, 10, 20, 50, … steps,
+    and ends at a larger one. The legend says which end outside of the frame, which is
+    that of `surface`, and from which step on one is not finite.
 
     Args:
       surface: (x, y, values): x of shape (columns,), y of shape (rows,), both
@@ -178,6 +181,7 @@ def trajectories(
       value_label: What the function is, with its unit.
       title: Of the axes.
       legend: Whether there is one.
+      colorbar: Whether there is one for the shades.
       ax: Axes to draw into; None makes a figure.
       path: Where to save the whole figure: a name that ends in .png, .svg or .pdf.
 
@@ -204,7 +208,7 @@ def trajectories(
     with styled(name):
         check_path(name, path)
         check_names(name, "iterates", iterates)
-        validation.check_flag(name, legend=legend)
+        validation.check_flag(name, legend=legend, colorbar=colorbar)
         x, y, values = grid_and_values(name, surface)
         paths = {
             key: points_in_plane(name, f"iterates[{key!r}]", value)
@@ -220,7 +224,8 @@ def trajectories(
         style, bar = _shades(values)
         shades = axes.contourf(x, y, values, **style)
         axes.contour(shades, colors="#999999", linewidths=0.4)
-        canvas.figure.colorbar(shades, ax=axes, label=value_label, **bar)
+        if colorbar:
+            canvas.figure.colorbar(shades, ax=axes, label=value_label, **bar)
         for index, (key, points) in enumerate(paths.items()):
             style = curve_style(index, len(paths))
             finite = np.isfinite(points).all(axis=1)
@@ -228,11 +233,10 @@ def trajectories(
             last = points[finite][-1:]
             if not np.all((last >= (x[0], y[0])) & (last <= (x[-1], y[-1]))):
                 label += " (ends outside)"
-            # A marker where the path has come another tenth of the frame further.
-            style["markevery"] = 0.1 if finite.any() else None
-            axes.plot(points[:, 0], points[:, 1], label=label, **style)
-            end = {"markersize": 9, "markeredgecolor": "white", "markevery": None}
-            axes.plot(last[:, 0], last[:, 1], **style | end, label=f"_{key} end")
+            marks = [step for step in _MARKED_STEPS if step < len(points)]
+            axes.plot(points[:, 0], points[:, 1], label=label, markevery=marks, **style)
+            end = {"markersize": 9, "markeredgecolor": "white", "label": f"_{key} end"}
+            axes.plot(last[:, 0], last[:, 1], **style | end)
         starts = np.unique([points[0] for points in paths.values()], axis=0)
         spot: dict[str, Any] = {
             "linestyle": "",
@@ -426,7 +430,10 @@ def _until(steps: np.ndarray, finite: Any) -> str:
 
 
 def _shades(values: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How contours are drawn, light enough for curves on top, and their color bar."""
+    """How contours are drawn, light enough for curves on top, and their color bar.
+
+    Zeros, which have no logarithm, are raised to what looks like them.
+    """
     from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.ticker import LogFormatterMathtext
 
@@ -437,6 +444,7 @@ def _shades(values: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
         return shades | {"levels": _LEVELS}, {}
     # Of a function that comes near 0, what is below is one shade.
     low = max(low, _LOWEST_LEVEL * high)
+    np.maximum(values, low / 2, out=values)
     first, last = np.floor(np.log10(low)), np.ceil(np.log10(high))
     levels = 10 ** np.arange(first, last + 0.5, 0.5)
     shades |= {"levels": levels, "norm": LogNorm(levels[0], levels[-1])}

@@ -223,8 +223,10 @@ def test_paths_are_drawn_from_their_start_to_their_end():
     np.testing.assert_array_equal(lines["sgd"].get_xydata(), PATHS["sgd"])
     np.testing.assert_array_equal(lines["_sgd end"].get_xydata(), PATHS["sgd"][-1:])
     np.testing.assert_array_equal(lines["_start"].get_xydata(), [[1, 1]])
+    assert lines["sgd"].get_markevery() == [1, 2]
     np.testing.assert_array_equal(lines["_minimum"].get_xydata(), [[0, 0]])
     axes, bar = figure.axes
+    assert len(plots.trajectories(BOWL, PATHS, colorbar=False).axes) == 1
     assert (*axes.get_xlim(), *axes.get_ylim()) == (-2, 2, -2, 2)
     assert bar.get_ylabel() == "f"
 
@@ -250,7 +252,10 @@ def test_rows_of_the_surface_are_y():
 
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 1e-9])
 def test_functions_below_zero_and_with_holes(shift, tmp_path):
-    x, y, values = BOWL
+    # An odd number of points, so that 0 is one of them.
+    x = y = np.linspace(-2, 2, 31)
+    values = x**2 + 4 * y[:, None] ** 2
+    assert values.min() == 0
     holes = np.where(values > 15, np.nan, values + shift)
     path = tmp_path / "a.png"
     figure = plots.trajectories((x, y, holes), {"a": [[1, 1]]}, path=path)
