@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
-import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from training_run import Run
 
 import optaxplus as ox
+from optaxplus.report.plots import loss_curves
 
+LOSS_LABEL = "validation loss (nats per byte)"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -124,33 +124,23 @@ def curve_style(index: int, points: int) -> dict[str, Any]:
 
 def plot(runs: dict[str, Run], path: Path) -> None:
     """Draws the validation losses over steps and over seconds."""
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(
-        1, 2, figsize=(10, 4.5), sharey=True, layout="constrained"
-    )
-    shown = []
-    for index, (name, run) in enumerate(runs.items()):
-        steps, losses = zip(*run.validation, strict=True)
-        # The first steps would squeeze the part that matters.
-        shown += losses[len(losses) // 5 :]
-        style = curve_style(index, len(losses))
-        style["label"] = f"{name}, learning rate {run.settings['learning_rate']:g}"
-        axes[0].plot(steps, losses, **style)
-        axes[1].plot(run.validation_seconds, losses, **style)
+    losses, steps, seconds = {}, {}, {}
+    for name, run in runs.items():
+        label = f"{name}, learning rate {run.settings['learning_rate']:g}"
+        steps[label], losses[label] = zip(*run.validation, strict=True)
+        seconds[label] = run.validation_seconds
     best = adamw_best(runs)
-    for axis, unit in zip(axes, ("step", "seconds of training"), strict=True):
-        if best is not None:
-            axis.axhline(best, color="grey", linewidth=0.8, label="AdamW's best")
-        axis.set_xlabel(unit)
-        axis.grid(alpha=0.3)
-    low, high = np.nanmin(shown), np.nanmax(shown)
-    margin = 0.05 * (high - low) + 0.01
-    axes[0].set_ylim(low - margin, high + margin)
-    axes[0].set_ylabel("validation loss (nats per byte)")
-    axes[0].legend()
+    common = {
+        "reference": None if best is None else {"AdamW's best": best},
+        # The first steps would squeeze the part that matters.
+        "crop_start": 0.2,
+    }
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     figure.suptitle(headline(runs))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    loss_curves(losses, steps, ylabel=LOSS_LABEL, ax=left, **common)
+    common |= {"xlabel": "seconds of training", "ylabel": "", "legend": False}
+    loss_curves(losses, seconds, ax=right, path=path, **common)
 
 
 def empty_table(title: str, first: str, *numbers: str) -> Table:

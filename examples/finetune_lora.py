@@ -29,21 +29,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import train_gpt
-from comparison import curve_style, device, empty_table, print_best_sample, versions
+from comparison import LOSS_LABEL, device, empty_table, print_best_sample, versions
 from flax.training.train_state import TrainState
 from gpt import GPT, GPTConfig, generate, next_token_loss
 from lora import base_params, factor_params, init_lora, is_identical, merge_lora
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from rich.console import Console
 from text import Text, python_manual, standard_library, validation_batches
 from train_gpt import Recipe, Task, Trainer, adamw, build_optimizer, positive
 from training_run import Checkpoints, Interruption, Run
 
 import optaxplus as ox
+from optaxplus.report.plots import loss_curves
 
 # The size of the job: what two cores can do in the time.
 STEPS = 300
@@ -331,28 +331,17 @@ def results(
 
 def plot(outcomes: dict[str, Outcome], path: Path) -> None:
     """Draws what is learned of the new text and what is forgotten of the old one."""
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
-    for index, (name, outcome) in enumerate(outcomes.items()):
-        style = curve_style(index, len(outcome.run.validation))
-        style["label"] = f"{name}: {outcome.trained_parameters:,} parameters"
-        for axis, curve in zip(
-            axes, (outcome.run.validation, outcome.other_validation), strict=True
-        ):
-            axis.plot(*zip(*curve, strict=True), **style)
-    for axis, title in zip(
-        axes,
-        ("new text: Python's manual", "old text: Python's source"),
-        strict=True,
-    ):
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.set_ylabel("validation loss (nats per byte)")
-        axis.grid(alpha=0.3)
-    labelled = axes[0].get_legend_handles_labels()
-    figure.legend(*labelled, loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    new, old, steps = {}, {}, {}
+    for name, outcome in outcomes.items():
+        label = f"{name}: {outcome.trained_parameters:,} parameters"
+        steps[label], new[label] = zip(*outcome.run.validation, strict=True)
+        _, old[label] = zip(*outcome.other_validation, strict=True)
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set_title("new text: Python's manual")
+    right.set_title("old text: Python's source")
+    loss_curves(new, steps, ylabel=LOSS_LABEL, ax=left)
+    loss_curves(old, steps, ylabel=LOSS_LABEL, legend=False, ax=right, path=path)
 
 
 def print_results(outcomes: dict[str, Outcome], console: Console) -> None:

@@ -78,21 +78,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import train_gpt
-from comparison import curve_style, device, empty_table, versions
+from comparison import LOSS_LABEL, device, empty_table, versions
 from flax import linen as nn
 from flax.training.train_state import TrainState
 from gpt import GPT, GPTConfig
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from rich.console import Console
 from text import standard_library
 from train_gpt import Recipe, Task, Trainer, positive
 from training_run import Interruption, Run
 
 import optaxplus as ox
+from optaxplus.report.plots import loss_curves
 
 # The size of the job: what two cores can do in a minute.
 STEPS = 150
@@ -246,33 +246,29 @@ def plot(
     runs: dict[str, Run], logits: dict[str, np.ndarray], threshold: float, path: Path
 ) -> None:
     """Draws the logits of all heads and the losses over steps."""
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
-    shown = []
-    for index, (name, run) in enumerate(runs.items()):
-        style = curve_style(index, len(logits[name]))
-        steps = np.arange(1, len(logits[name]) + 1)
-        heads = logits[name].reshape(len(steps), -1)
-        (line,) = axes[0].plot(steps, heads.max(axis=1), label=name, **style)
-        axes[0].plot(steps, heads, color=line.get_color(), linewidth=0.5, alpha=0.5)
-        moments, losses = zip(*run.validation, strict=True)
-        # The first steps would squeeze the part that matters.
-        shown += losses[len(losses) // 5 :]
-        axes[1].plot(moments, losses, label=name, **style | {"markevery": 1})
-    low, high = np.nanmin(shown), np.nanmax(shown)
-    margin = 0.05 * (high - low) + 0.01
-    axes[1].set_ylim(low - margin, high + margin)
-    axes[0].axhline(threshold, color="grey", linewidth=0.8, label="threshold")
-    axes[0].set_yscale("log")
-    axes[0].set_ylabel("largest logit (thick: of all heads)")
-    axes[1].set_ylabel("validation loss (nats per byte)")
-    for axis in axes:
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        axis.legend()
+    heads, losses, largest, steps, moments = {}, {}, {}, {}, {}
+    for name, run in runs.items():
+        heads[name] = logits[name].reshape(len(logits[name]), -1)
+        largest[name] = heads[name].max(axis=1)
+        steps[name] = np.arange(1, len(heads[name]) + 1)
+        moments[name], losses[name] = zip(*run.validation, strict=True)
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     figure.suptitle(f"Muon at a learning rate of {run.settings['learning_rate']:g}")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    left, right = figure.subplots(1, 2)
+    loss_curves(
+        largest,
+        steps,
+        reference={"threshold": threshold},
+        log=True,
+        ylabel="largest logit (thick: of all heads)",
+        ax=left,
+    )
+    thin = {"linewidth": 0.5, "alpha": 0.5}
+    for line, name in zip(left.lines[: len(heads)], heads, strict=True):
+        left.plot(steps[name], heads[name], color=line.get_color(), **thin)
+    left.autoscale(axis="y")
+    # The first losses would squeeze the part that matters.
+    loss_curves(losses, moments, crop_start=0.2, ylabel=LOSS_LABEL, ax=right, path=path)
 
 
 def print_heads(logits: dict[str, np.ndarray], console: Console) -> None:
