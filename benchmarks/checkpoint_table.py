@@ -113,7 +113,7 @@ def markdown() -> str:
             "",
             "Fields without a shape have the parameter's, those without a dtype are "
             "float32, and numbers are scalars. A stack has its axis of layers in front "
-            "of each shape. Wrappers are shown with what they add, the last of them "
+            "of each shape. Wrappers are shown with what they add, the last five "
             "beside parameters in bfloat16. From the real states of the optimizers, by "
             "`python benchmarks/checkpoint_table.py`.",
         ]

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import optaxplus as ox
-from benchmarks.checkpoint_table import STORAGE, stored
+from benchmarks.checkpoint_table import STORAGE, stored, table
 from benchmarks.methods import METHODS, WRAPPERS
 from optaxplus.report.recipes import OPTIMIZERS
 
@@ -44,7 +44,7 @@ PARAMS = abstract("float32")
 BFLOAT16 = abstract("bfloat16")
 
 
-def schedule(step: jax.Array) -> jax.Array:
+def schedule(step: Any) -> jax.Array:
     return 0.1 / (1 + step)
 
 
@@ -196,6 +196,23 @@ def test_every_type_of_state_is_in_it():
     assert public <= found
 
 
+def test_the_table_of_the_readme_has_every_optimizer_once():
+    header, *rows = table()
+    assert {len(row) for row in rows} == {len(header)}
+    states = {name: row[1:] for row in rows for name in row[0].split("`, `")}
+    states = {name.strip("`"): state for name, state in states.items()}
+    assert sum(row[0].count("`, `") + 1 for row in rows) == len(states)
+    assert len(states) == len(METHODS) + len(WRAPPERS) - 1 + len(STORAGE)
+    assert states["muon"] == ["`count`", "`mu`", "`mu`, `nu`", "`mu`, `nu`"]
+    assert states["adam_mini"][1:] == [
+        "`mu`, `nu` (1, n)",
+        "`mu`, `nu` (v, 1)",
+        "`mu`, `nu` (1)",
+    ]
+    assert states["lion8bit"][1] == "`mu.codes` int8, `mu.scales` (m/256, n)"
+    assert states["compensated(…)"][3] == "`lost` bfloat16"
+
+
 # What changes the state, and what does not
 
 
@@ -316,19 +333,17 @@ BESIDE = {
     "large_dims": {"max_dim": 100},
     "rank_multiple": {"rank_fraction": 0.3},
 }
-
-
 ARGUMENTS = {
-    key: (table, value)
-    for table in (STATE_STAYS, STATE_CHANGES, DTYPES_CHANGE)
-    for key, value in table.items()
+    key: (kind, value)
+    for kind in (STATE_STAYS, STATE_CHANGES, DTYPES_CHANGE)
+    for key, value in kind.items()
 }
 SCHEDULES = set(typing.get_args(optax.ScalarOrSchedule))
 
 
-def value_for(name: str, parameter: inspect.Parameter, table: dict[str, Any]) -> Any:
-    """What a table has for one optimizer, or for all."""
-    return table.get(f"{name}.{parameter.name}", table.get(parameter.name))
+def value_for(name: str, parameter: inspect.Parameter, values: dict[str, Any]) -> Any:
+    """The one of an optimizer, or else that of all."""
+    return values.get(f"{name}.{parameter.name}", values.get(parameter.name))
 
 
 def other_than(default: Any, value: Any) -> Any:
@@ -351,19 +366,19 @@ def test_which_arguments_change_the_state(name):
 
     for argument, parameter in inspect.signature(factory).parameters.items():
         known = value_for(name, parameter, ARGUMENTS)
-        assert known, f"{argument} is in none of the tables"
-        table, value = known
+        assert known, f"{argument} is in none of the lists above"
+        kind, value = known
         beside = value_for(name, parameter, BESIDE) or {}
         before = state(**beside)
         other = other_than(parameter.default, value)
-        assert other is not parameter.default
+        assert other != parameter.default, argument
         after = state(**beside, **{argument: other})
-        if table is STATE_STAYS:
+        if kind is STATE_STAYS:
             assert after == before, argument
         else:
             assert after != before, argument
             is_kept = without_dtypes(after) == without_dtypes(before)
-            assert is_kept == (table is DTYPES_CHANGE), argument
+            assert is_kept == (kind is DTYPES_CHANGE), argument
         if set(typing.get_args(parameter.annotation)) >= SCHEDULES:
             assert state(**{argument: schedule}) != state(), argument
 

@@ -27,7 +27,7 @@ PARAMS = normal_tree(SHAPES, seed=1)
 GRADS = normal_tree(SHAPES, seed=2)
 
 
-def schedule(step: jax.Array) -> jax.Array:
+def schedule(step: Any) -> jax.Array:
     return 0.1 / (1 + step)
 
 
