@@ -209,7 +209,7 @@ def test_the_table_of_the_readme_has_every_optimizer_once():
         "`mu`, `nu` (v, 1)",
         "`mu`, `nu` (1)",
     ]
-    assert states["lion8bit"][1] == "`mu.codes` int8, `mu.scales` (m/256, n)"
+    assert states["lion8bit"][1] == "`mu.signed_root` int8, `mu.scales` (m/256, n)"
     assert states["compensated(…)"][3] == "`lost` bfloat16"
 
 
@@ -300,6 +300,7 @@ STATE_CHANGES: dict[str, Any] = {
     "block_size": 64,
     "came.axes": ox.MatrixAxes((), (-1,)),
     "centered": True,
+    "code": "dynamic",
     "correct_vectors": True,
     "fallback": ox.lion(0.1),
     "grafting": None,
@@ -318,7 +319,6 @@ STATE_CHANGES: dict[str, Any] = {
     "variant": "lion",
 }
 DTYPES_CHANGE: dict[str, Any] = {
-    "code": "dynamic",
     "factor_dtype": "bfloat16",
     "mu_dtype": "bfloat16",
     "nu_dtype": "bfloat16",

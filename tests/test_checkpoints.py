@@ -100,6 +100,16 @@ CHANGES: dict[str, tuple[Tx, Tx, str]] = {
         "'1', 'count'",
     ),
     "a wrapper": (ox.adamw(0.1), ox.quantize_state(ox.adamw(0.1)), "'count'"),
+    "another code": (
+        ox.lion8bit(0.1),
+        ox.lion8bit(0.1, code="dynamic"),
+        "'signed_dynamic'",
+    ),
+    "another sign": (
+        ox.lion8bit(0.1),
+        ox.quantize_state(ox.lion(0.1), fields={"mu": "unsigned"}),
+        "'unsigned_root'",
+    ),
     "optax's": (optax.adamw(0.1), ox.adamw(0.1), "structures do not match"),
 }
 
