@@ -8,7 +8,7 @@ Codes and their sources: `optaxplus.numerics.quantization`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -63,10 +63,14 @@ _FOUR_BITS = (
 )
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class QuantizedArray:
     """An array as codes and scales.
+
+    In key paths, and so in checkpoints, the codes are called by what they mean,
+    "signed_root" or "unsigned_dynamic": codes are bytes, which Orbax would restore into
+    those of another code.
 
     Attributes:
       codes: One byte an entry, in the shape and sharding of the array.
@@ -80,10 +84,22 @@ class QuantizedArray:
 
     codes: jax.Array
     scales: jax.Array
-    signed: bool = field(metadata={"static": True})
-    code: str = field(metadata={"static": True})
-    block_size: int = field(metadata={"static": True})
-    dtype: str = field(metadata={"static": True})
+    signed: bool
+    code: str
+    block_size: int
+    dtype: str
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """For `jax.tree_util`."""
+        kind = f"{'signed' if self.signed else 'unsigned'}_{self.code}"
+        key = jax.tree_util.GetAttrKey
+        children = ((key(kind), self.codes), (key("scales"), self.scales))
+        return children, (self.signed, self.code, self.block_size, self.dtype)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> "QuantizedArray":
+        """For `jax.tree_util`."""
+        return cls(*children, *static)
 
     def dequantize(self) -> jax.Array:
         """The array."""
