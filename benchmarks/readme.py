@@ -17,6 +17,7 @@ import optaxplus as ox
 
 # A script's own folder, also where the tests load it by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import checkpoint_table
 import convergence_report
 import guide
 import measured
@@ -154,6 +155,7 @@ PAGES: dict[str, Mapping[str, Callable[[], str]]] = {
         "guide": which_optimizer,
         "routing": routing,
         "memory": memory,
+        "checkpoints": checkpoint_table.markdown,
         "methods": methods_table,
     },
     "benchmarks/README.md": measured.BLOCKS,
