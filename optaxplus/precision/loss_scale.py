@@ -29,12 +29,19 @@ _SMALLEST, _LARGEST = 2.0**-24, 2.0**64
 
 
 class LossScaleState(NamedTuple):
-    """State of `dynamic_loss_scale`."""
+    """State of `dynamic_loss_scale`.
 
-    scale: jax.Array  # shape (), float32: s
-    finite_steps: jax.Array  # shape (), int32: steps k since the scale changed
-    skipped_steps: jax.Array  # shape (), int32: steps with non-finite gradients
-    inner_state: Any  # state of the wrapped optimizer
+    Attributes:
+      scale: Loss scale s; shape (), float32.
+      finite_steps: Steps k since the scale changed; shape (), int32.
+      skipped_steps: Steps with gradients that were not finite; shape (), int32.
+      inner_state: State of the wrapped optimizer.
+    """
+
+    scale: jax.Array
+    finite_steps: jax.Array
+    skipped_steps: jax.Array
+    inner_state: Any
 
 
 def dynamic_loss_scale(

@@ -115,10 +115,16 @@ class QuantizedArray:
 
 
 class QuantizedState(NamedTuple):
-    """State of `quantize_state`."""
+    """State of `quantize_state`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    inner_state: Any  # of the wrapped one, with a `QuantizedArray` for a large moment
+    Attributes:
+      count: Finished updates; shape (), int32.
+      inner_state: State of the wrapped transformation, with a `QuantizedArray` in the
+        place of every large moment.
+    """
+
+    count: jax.Array
+    inner_state: Any
 
 
 def dequantize_state(state: PyTree) -> PyTree:

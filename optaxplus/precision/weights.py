@@ -50,14 +50,20 @@ __all__ = [
 
 
 class RoundedWeightsState(NamedTuple):
-    """State of the wrappers that decide how weights are rounded."""
+    """State of `master_weights`, `stochastic_rounding` and `compensated`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    # One tree, of what is beside each low-precision parameter, None beside wide ones:
-    # "master", float32, w (32 bits); "correction", int8, c in 1/256 of the spacing of p
-    # (24 bits); "lost", like p, c (compensated). Empty with stochastic rounding.
+    Attributes:
+      count: Finished updates; shape (), int32.
+      kept: What is beside each low-precision parameter, in its shape, and None beside
+        wider ones: {"master": w}, float32 (32 bits); {"correction": c}, int8, in 1/256
+        of the spacing of p (24 bits); {"lost": c}, in the dtype of p (compensated); {}
+        with stochastic rounding.
+      inner_state: State of the wrapped optimizer.
+    """
+
+    count: jax.Array
     kept: dict[str, PyTree]
-    inner_state: Any  # state of the wrapped optimizer
+    inner_state: Any
     # Refused by what would change the updates, see `trees.check_not_outermost`.
     outermost = True
 

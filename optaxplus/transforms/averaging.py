@@ -24,11 +24,17 @@ __all__ = ["LookaheadState", "lookahead"]
 
 
 class LookaheadState(NamedTuple):
-    """State of `lookahead`."""
+    """State of `lookahead`.
 
-    steps_since_sync: jax.Array  # shape (), int32: 0 to every_k - 1
-    slow: PyTree  # like the parameters, at least float32: slow parameters s
-    inner_state: Any  # state of the wrapped optimizer
+    Attributes:
+      steps_since_sync: 0 to every_k - 1; shape (), int32.
+      slow: Slow parameters s; like the parameters, at least float32.
+      inner_state: State of the wrapped optimizer.
+    """
+
+    steps_since_sync: jax.Array
+    slow: PyTree
+    inner_state: Any
 
 
 def _lookahead_leaf(

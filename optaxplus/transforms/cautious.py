@@ -28,9 +28,13 @@ __all__ = ["CautiousState", "cautious"]
 
 
 class CautiousState(NamedTuple):
-    """State of `cautious`."""
+    """State of `cautious`.
 
-    inner_state: Any  # state of the wrapped transformation
+    Attributes:
+      inner_state: State of the wrapped transformation.
+    """
+
+    inner_state: Any
 
 
 def _cautious_leaf(

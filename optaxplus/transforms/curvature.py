@@ -37,12 +37,16 @@ __all__ = ["ScaleBySophiaState", "bind_hessian", "scale_by_sophia"]
 class ScaleBySophiaState(NamedTuple):
     """State of `scale_by_sophia`.
 
-    `hessian` is not called `nu` because it may be negative.
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment m; like the parameters, in `mu_dtype`.
+      hessian: Average h of the estimates; like the parameters, in `nu_dtype`. Not
+        called `nu`, because it may be negative.
     """
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: first moment m
-    hessian: PyTree  # like the parameters: average h of the estimates
+    count: jax.Array
+    mu: PyTree
+    hessian: PyTree
 
 
 def _refreshed_leaf(hessian: jax.Array, estimate: jax.Array, b2: Scalar) -> jax.Array:

@@ -68,15 +68,20 @@ _SCALINGS = {"channel": (-2,), "tensor": (-2, -1)}
 class ScaleByApolloState(NamedTuple):
     """State of `scale_by_apollo`.
 
-    The moments of one matrix have shape (rank, longer side). Those of splits stand side
-    by side, filled up with rows of zeros.
+    Moments of splits stand side by side, filled up with rows of zeros.
+
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment M; (*batch axes, rank, longer side), in `mu_dtype`.
+      nu: Second moment V; in the same shape, in `nu_dtype`.
+      last_norm: Norm ‖D‖ of the last update; float32 (float64 for float64 parameters),
+        of the parameters' rank; the axes of the matrix have size 1. With splits the
+        first axis of fan_out has one entry a split. None without a limiter.
     """
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # (*batch axes, rank, longer side): first moment M
-    nu: PyTree  # like mu: second moment V
-    # Axes of the matrix reduced to 1 (the first of fan_out to the splits): ‖D‖, float32
-    # (float64 for float64 parameters). None without a limiter.
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
     last_norm: Any
 
 

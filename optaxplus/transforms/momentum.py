@@ -38,10 +38,15 @@ __all__ = [
 
 
 class ScaleByMomentumState(NamedTuple):
-    """State of `scale_by_momentum`."""
+    """State of `scale_by_momentum`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    trace: PyTree  # like the parameters: the momentum buffer b
+    Attributes:
+      count: Finished updates; shape (), int32.
+      trace: Momentum buffer b; like the parameters, in `mu_dtype`.
+    """
+
+    count: jax.Array
+    trace: PyTree
 
 
 def _momentum_leaf(
@@ -129,10 +134,15 @@ def scale_by_momentum(
 
 
 class ScaleByEmaState(NamedTuple):
-    """State of `scale_by_ema`."""
+    """State of `scale_by_ema`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: the average m
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: Average m; like the parameters, in `mu_dtype`.
+    """
+
+    count: jax.Array
+    mu: PyTree
 
 
 def _ema_leaf(

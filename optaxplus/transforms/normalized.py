@@ -47,9 +47,13 @@ __all__ = [
 
 
 class NormalizeNeuronsState(NamedTuple):
-    """State of `normalize_neurons`."""
+    """State of `normalize_neurons`.
 
-    # Like the parameters, with the axes of fan_in of size 1: one mean square a neuron.
+    Attributes:
+      nu: Mean square v of every neuron; like the parameters, in `nu_dtype`, with the
+        axes of fan_in of size 1.
+    """
+
     nu: PyTree
 
 
@@ -124,9 +128,13 @@ def normalize_neurons(
 
 
 class ScaleByAdamuonState(NamedTuple):
-    """State of `scale_by_adamuon`."""
+    """State of `scale_by_adamuon`.
 
-    nu: PyTree  # like the parameters: the average v of the squares
+    Attributes:
+      nu: Average v of the squares; like the parameters, in `nu_dtype`.
+    """
+
+    nu: PyTree
 
 
 def scale_by_adamuon(

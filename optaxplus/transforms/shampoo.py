@@ -72,15 +72,25 @@ class ScaleByShampooState(NamedTuple):
     The factors of a side of n have shape (*batch axes, tiles, n, n), float32 (float64
     for float64 parameters), or (*batch axes, tiles, n, 1) if only their diagonal is
     kept; a side without one has `optax.MaskedNode()`.
+
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment M; like the parameters, in `mu_dtype`.
+      nu: Squares V of "adagrad" and "adam"; like the parameters, in `nu_dtype`. Else
+        None.
+      factor_in: Factors L, of fan_in.
+      factor_out: Factors R, of fan_out.
+      root_in: Inverse roots P_L of L; zeros before the first step.
+      root_out: Inverse roots P_R of R; likewise.
     """
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: first moment M
-    nu: Any  # like the parameters: V of "adagrad" and "adam"; else None
-    factor_in: PyTree  # L
-    factor_out: PyTree  # R
-    root_in: PyTree  # P_L; zeros before the first step
-    root_out: PyTree  # P_R
+    count: jax.Array
+    mu: PyTree
+    nu: Any
+    factor_in: PyTree
+    factor_out: PyTree
+    root_in: PyTree
+    root_out: PyTree
 
 
 class _Leaf(NamedTuple):

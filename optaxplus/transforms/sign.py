@@ -47,9 +47,13 @@ def scale_by_sign() -> optax.GradientTransformation:
 
 
 class ScaleByLionState(NamedTuple):
-    """State of `scale_by_lion`."""
+    """State of `scale_by_lion`.
 
-    mu: PyTree  # like the parameters: the average m
+    Attributes:
+      mu: Average m; like the parameters, in `mu_dtype`.
+    """
+
+    mu: PyTree
 
 
 def _lion_leaf(

@@ -63,15 +63,24 @@ class ScaleBySoapState(NamedTuple):
 
     The factors of a side of n have shape (*batch axes, tiles, n, n), float32 (float64
     for float64 parameters); a side without one has `optax.MaskedNode()`.
+
+    Attributes:
+      count: Gradients seen; shape (), int32.
+      mu: First moment M; like the parameters, in `mu_dtype`.
+      nu: Second moment V; like the parameters, in `nu_dtype`.
+      factor_in: Factors L, of fan_in.
+      factor_out: Factors R, of fan_out.
+      basis_in: Eigenvectors Q_L of L as columns; zeros before the first step.
+      basis_out: Eigenvectors Q_R of R; likewise.
     """
 
-    count: jax.Array  # shape (), int32: gradients seen
-    mu: PyTree  # like the parameters: first moment M
-    nu: PyTree  # like the parameters: second moment V
-    factor_in: PyTree  # L
-    factor_out: PyTree  # R
-    basis_in: PyTree  # Q_L, eigenvectors as columns; zeros before the first step
-    basis_out: PyTree  # Q_R
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
+    factor_in: PyTree
+    factor_out: PyTree
+    basis_in: PyTree
+    basis_out: PyTree
 
 
 class _Leaf(NamedTuple):

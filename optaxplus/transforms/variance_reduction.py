@@ -28,9 +28,13 @@ __all__ = ["MarsCorrectionState", "mars_correction"]
 
 
 class MarsCorrectionState(NamedTuple):
-    """State of `mars_correction`."""
+    """State of `mars_correction`.
 
-    previous_grads: PyTree  # like the parameters: the last gradient
+    Attributes:
+      previous_grads: The last gradient; like the parameters, in `mu_dtype`.
+    """
+
+    previous_grads: PyTree
 
 
 def _mars_leaf(

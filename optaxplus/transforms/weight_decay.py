@@ -35,9 +35,13 @@ __all__ = ["DescendState", "decay_mask", "descend"]
 
 
 class DescendState(NamedTuple):
-    """State of `descend` where a learning rate or decay is a schedule."""
+    """State of `descend` where a learning rate or weight decay is a schedule.
 
-    count: jax.Array  # shape (), int32: finished updates
+    Attributes:
+      count: Finished updates; shape (), int32.
+    """
+
+    count: jax.Array
 
 
 def _decoupled(u: jax.Array, p: jax.Array, lr: Scalar, decay: Scalar) -> jax.Array:

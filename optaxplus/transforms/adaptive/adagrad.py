@@ -25,9 +25,13 @@ __all__ = ["ScaleByAdagradState", "scale_by_adagrad"]
 
 
 class ScaleByAdagradState(NamedTuple):
-    """State of `scale_by_adagrad`."""
+    """State of `scale_by_adagrad`.
 
-    sum_of_squares: PyTree  # like the parameters, real: s
+    Attributes:
+      sum_of_squares: Sum s; like the parameters, real, in `nu_dtype`.
+    """
+
+    sum_of_squares: PyTree
 
 
 def _adagrad_leaf(

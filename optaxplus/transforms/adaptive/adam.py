@@ -32,12 +32,19 @@ __all__ = ["ScaleByAdamState", "scale_by_adam"]
 
 
 class ScaleByAdamState(NamedTuple):
-    """State of `scale_by_adam`."""
+    """State of `scale_by_adam`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: first moment m
-    nu: PyTree  # like the parameters, real: second moment v
-    nu_max: Any  # like nu with amsgrad, else None: largest v so far
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment m; like the parameters, in `mu_dtype`.
+      nu: Second moment v; like the parameters, real, in `nu_dtype`.
+      nu_max: Largest v so far, as `nu`, with amsgrad; else None.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
+    nu_max: Any
 
 
 def _adam_leaf(

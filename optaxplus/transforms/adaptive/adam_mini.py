@@ -31,11 +31,18 @@ __all__ = ["ScaleByAdamMiniState", "scale_by_adam_mini"]
 
 
 class ScaleByAdamMiniState(NamedTuple):
-    """State of `scale_by_adam_mini`."""
+    """State of `scale_by_adam_mini`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: first moment m
-    nu: PyTree  # real; axes of the block reduced to 1 (the first to the splits): v
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment m; like the parameters, in `mu_dtype`.
+      nu: Second moment v; real, in `nu_dtype`, of the parameters' rank; the axes of a
+        block have size 1. With splits the first axis of fan_out has one entry a split.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
 
 
 def _adam_mini_leaf(

@@ -31,13 +31,21 @@ __all__ = ["ScaleByAdanState", "scale_by_adan"]
 
 
 class ScaleByAdanState(NamedTuple):
-    """State of `scale_by_adan`."""
+    """State of `scale_by_adan`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: mean of the gradient m
-    mu_diff: PyTree  # like the parameters: mean of the difference k
-    nu: PyTree  # like the parameters, real: mean square n
-    previous_grads: PyTree  # like the parameters: the last gradient
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: Mean m of the gradient; like the parameters, in `mu_dtype`.
+      mu_diff: Mean k of its change; as `mu`.
+      nu: Mean square n; like the parameters, real, in `nu_dtype`.
+      previous_grads: The last gradient; as `mu`.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    mu_diff: PyTree
+    nu: PyTree
+    previous_grads: PyTree
 
 
 def _adan_leaf(

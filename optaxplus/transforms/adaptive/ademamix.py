@@ -33,12 +33,19 @@ __all__ = ["ScaleByAdemamixState", "scale_by_ademamix"]
 
 
 class ScaleByAdemamixState(NamedTuple):
-    """State of `scale_by_ademamix`."""
+    """State of `scale_by_ademamix`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: fast mean m1
-    mu_slow: PyTree  # like the parameters: slow mean m2
-    nu: PyTree  # like the parameters, real: mean square v
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: Fast mean m1; like the parameters, in `mu_dtype`.
+      mu_slow: Slow mean m2; as `mu`.
+      nu: Mean square v; like the parameters, real, in `nu_dtype`.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    mu_slow: PyTree
+    nu: PyTree
 
 
 def _log_decay(decay: Scalar) -> Scalar:

@@ -31,11 +31,17 @@ __all__ = ["ScaleByAdoptState", "scale_by_adopt"]
 
 
 class ScaleByAdoptState(NamedTuple):
-    """State of `scale_by_adopt`."""
+    """State of `scale_by_adopt`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: mean of the normalised gradients m
-    nu: PyTree  # like the parameters, real: mean square v
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: Mean m of the normalised gradients; like the parameters, in `mu_dtype`.
+      nu: Mean square v; like the parameters, real, in `nu_dtype`.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
 
 
 def _clipped(x: jax.Array, limit: Scalar) -> jax.Array:

@@ -29,12 +29,20 @@ __all__ = ["ScaleByNadamState", "scale_by_nadam"]
 
 
 class ScaleByNadamState(NamedTuple):
-    """State of `scale_by_nadam`."""
+    """State of `scale_by_nadam`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu_product: jax.Array  # shape (), JAX's default float: product M of all momenta
-    mu: PyTree  # like the parameters: first moment m
-    nu: PyTree  # like the parameters, real: second moment v
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu_product: Product M of all momenta; shape (), float32 (float64 where JAX has
+        x64).
+      mu: First moment m; like the parameters, in `mu_dtype`.
+      nu: Second moment v; like the parameters, real, in `nu_dtype`.
+    """
+
+    count: jax.Array
+    mu_product: jax.Array
+    mu: PyTree
+    nu: PyTree
 
 
 def _nadam_leaf(

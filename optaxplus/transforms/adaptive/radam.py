@@ -36,11 +36,17 @@ __all__ = ["ScaleByRadamState", "scale_by_radam"]
 
 
 class ScaleByRadamState(NamedTuple):
-    """State of `scale_by_radam`."""
+    """State of `scale_by_radam`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: first moment m
-    nu: PyTree  # like the parameters, real: second moment v
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment m; like the parameters, in `mu_dtype`.
+      nu: Second moment v; like the parameters, real, in `nu_dtype`.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
 
 
 def _average_length(b2: Scalar, count: jax.Array) -> jax.Array:

@@ -29,10 +29,15 @@ __all__ = ["ScaleByRmspropState", "scale_by_rmsprop"]
 
 
 class ScaleByRmspropState(NamedTuple):
-    """State of `scale_by_rmsprop`."""
+    """State of `scale_by_rmsprop`.
 
-    mu: Any  # like the parameters if centered, else None: mean a
-    nu: PyTree  # like the parameters, real: mean square v
+    Attributes:
+      mu: Mean a; like the parameters, in `mu_dtype`, if centered; else None.
+      nu: Mean square v; like the parameters, real, in `nu_dtype`.
+    """
+
+    mu: Any
+    nu: PyTree
 
 
 def _rmsprop_leaf(

@@ -34,11 +34,17 @@ __all__ = ["ScaleByStableAdamState", "scale_by_stable_adam"]
 
 
 class ScaleByStableAdamState(NamedTuple):
-    """State of `scale_by_stable_adam`."""
+    """State of `scale_by_stable_adam`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: first moment m
-    nu: PyTree  # like the parameters, real: second moment v
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment m; like the parameters, in `mu_dtype`.
+      nu: Second moment v; like the parameters, real, in `nu_dtype`.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
 
 
 def _stable_adam_leaf(
