@@ -58,7 +58,8 @@ def accumulate(
       the k-th call reach `inner`.
 
     Raises:
-      TypeError: If `inner` is no transformation or an argument has a wrong type.
+      TypeError: If `inner` is no transformation, an argument has a wrong type, or a
+        parameter is not floating point.
       ValueError: If `every_k` < 1.
 
     Example:

@@ -72,12 +72,18 @@ def lookahead(
       float32 whatever the parameters' dtype is.
 
     Raises:
-      TypeError: If `inner` is no transformation or an argument has a wrong type.
-      ValueError: If an argument is out of range, or `update` is called without params.
+      TypeError: If `inner` is no transformation, an argument has a wrong type, or a
+        parameter is not floating point.
+      ValueError: If an argument is out of range; at `init`, if `inner` is
+        `master_weights` or another wrapper that stands outermost; if `update` is called
+        without params.
 
     Example:
       >>> import optaxplus as ox
       >>> tx = ox.lookahead(ox.adamw(1e-3, weight_decay=0.1), every_k=5, alpha=0.5)
+
+    References:
+      Zhang et al., arXiv 1907.08610, Algorithm 1.
     """
     name = "lookahead"
     validation.check_transformation(name, "inner", inner)

@@ -126,6 +126,15 @@ def scale_by_confidence(
       TypeError: If an argument has a wrong type or a parameter is not real floating
         point.
       ValueError: If an argument is out of range or axes do not fit.
+
+    Example:
+      >>> import optax, optaxplus as ox
+      >>> tx = optax.chain(
+      ...     ox.factored_rms(b2=0.999), ox.scale_by_confidence(), ox.descend(1e-4)
+      ... )
+
+    References:
+      Luo et al., arXiv 2307.02047, Algorithm 2; the authors' package came-pytorch.
     """
     name = "scale_by_confidence"
     validation.check_decay_rate(name, b1=b1, b3=b3)

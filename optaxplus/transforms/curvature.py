@@ -150,6 +150,9 @@ def scale_by_sophia(
       ... )
       >>> print(optax.apply_updates(params, updates))  # Newton's, and clipped.
       [ 0. -2.]
+
+    References:
+      Liu et al., arXiv 2305.14342, Algorithm 3; Liuhong99/Sophia.
     """
     name = "scale_by_sophia"
     validation.check_decay_rate(name, b1=b1, b2=b2)

@@ -167,6 +167,16 @@ def factored_rms(
       TypeError: If an argument has a wrong type or a parameter is not real floating
         point.
       ValueError: If an argument is out of range or axes do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optaxplus as ox
+      >>> tx = ox.factored_rms(axes=ox.MatrixAxes((0,), (1,)))
+      >>> state = tx.init(jnp.zeros((256, 512)))
+      >>> jax.tree.map(jnp.shape, (state.nu_row, state.nu_col, state.nu))
+      ((256, 1), (1, 512), (1, 1))
+
+    References:
+      Shazeer and Stern, arXiv 1804.04235, Algorithm 4, and section 6 (clipping).
     """
     name = "factored_rms"
     validation.check_positive(name, decay_rate=decay_rate, eps=eps)

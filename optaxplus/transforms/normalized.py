@@ -83,6 +83,16 @@ def normalize_neurons(
       ValueError: If an argument is out of range, axes do not fit, or a parameter is a
         vector.
 
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> tx = optax.chain(
+      ...     ox.scale_by_ema(0.95),
+      ...     ox.orthogonalize_via_newton_schulz(),
+      ...     ox.normalize_neurons(),
+      ... )
+      >>> tx.init({"kernel": jnp.ones((4, 8))})[2].nu["kernel"].shape
+      (1, 8)
+
     References:
       NorMuon, arXiv 2510.05491, algorithm 1. microsoft/dion has eps=1e-8;
       modded-nanogpt and NVIDIA's Emerging-Optimizers take the mean over the longer
@@ -163,6 +173,16 @@ def scale_by_adamuon(
         point.
       ValueError: If an argument is out of range, axes do not fit, or a parameter is a
         vector.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> tx = optax.chain(
+      ...     ox.scale_by_ema(0.95),
+      ...     ox.orthogonalize_via_newton_schulz(),
+      ...     ox.scale_by_adamuon(),
+      ... )
+      >>> tx.init({"kernel": jnp.ones((4, 8))})[2].nu["kernel"].shape
+      (4, 8)
 
     References:
       AdaMuon, arXiv 2507.11005.

@@ -27,10 +27,25 @@ __all__ = ["ScaleByLionState", "scale_by_lion", "scale_by_sign"]
 def scale_by_sign() -> optax.GradientTransformation:
     """Replaces every coordinate by its sign.
 
-    After `scale_by_ema` this is Signum. No arguments and no state; emits float32.
+    After `scale_by_ema` this is Signum.
 
     Returns:
-      A transformation with an empty state.
+      A transformation without state; emits float32. The sign of a complex number z is
+      z/|z|, that of 0 is 0, that of NaN is NaN.
+
+    Raises:
+      TypeError: If a parameter is not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, 0.0, -1e-9])
+      >>> tx = ox.scale_by_sign()
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates)
+      [ 1.  0. -1.]
+
+    References:
+      Bernstein et al., signSGD, arXiv 1802.04434, Algorithm 1.
     """
 
     def init_fn(params: PyTree) -> optax.EmptyState:
@@ -99,6 +114,17 @@ def scale_by_lion(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If b1 or b2 is outside [0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_lion()
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates, state.mu)
+      [ 1. -1.] [ 0.04 -0.01]
+
+    References:
+      Chen et al., arXiv 2302.06675, Algorithm 2.
     """
     name = "scale_by_lion"
     validation.check_decay_rate(name, b1=b1, b2=b2)

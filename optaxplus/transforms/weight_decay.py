@@ -104,6 +104,11 @@ def descend(
       >>> updates, _ = tx.update(jnp.array([1.0, -1.0]), tx.init(params), params)
       >>> print(updates)
       [-0.15  0.1 ]
+
+    References:
+      Loshchilov and Hutter, arXiv 1711.05101 ("decoupled", as in PyTorch, and
+      "independent"); Chen et al., arXiv 2510.12402 ("cautious"); Zhuang et al., arXiv
+      2202.00089 ("proximal").
     """
     name = "descend"
     validation.check_learning_rate(name, learning_rate)
@@ -169,7 +174,8 @@ def decay_mask(params: PyTree, rules: Sequence[Rule] = DEFAULT_RULES) -> PyTree:
       "vector". As a callable it is a mask itself: `mask=decay_mask`.
 
     Raises:
-      TypeError: If it is called with a step count instead of parameters.
+      TypeError: If it is called with a step count instead of parameters, or `rules`
+        holds anything but rules.
       ValueError: As in `optaxplus.infer_matrix_axes`.
 
     Example:

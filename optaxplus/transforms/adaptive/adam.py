@@ -113,6 +113,18 @@ def scale_by_adam(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> tx = optax.chain(ox.scale_by_adam(b2=0.95), ox.descend(1e-3))
+      >>> params = jnp.array([4.0, -1.0])
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates)
+      [-0.001  0.001]
+
+    References:
+      Kingma and Ba, arXiv 1412.6980, Algorithm 1; Reddi et al., arXiv 1904.09237
+      (AMSGrad); Dozat (2016, Nesterov). The module has the formulas and what differs.
     """
     name = "scale_by_adam"
     validation.check_decay_rate(name, b1=b1, b2=b2)

@@ -97,6 +97,16 @@ def scale_by_adam_mini(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range or axes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
+      >>> tx = ox.scale_by_adam_mini()
+      >>> {name: nu.shape for name, nu in tx.init(params).nu["dense"].items()}
+      {'bias': (1,), 'kernel': (1, 1)}
+
+    References:
+      Zhang et al., arXiv 2406.16793, Algorithm 1; the authors' package adam-mini 1.1.1.
     """
     name = "scale_by_adam_mini"
     validation.check_decay_rate(name, b1=b1, b2=b2)

@@ -108,6 +108,17 @@ def scale_by_adan(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_adan()
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates.round(3))
+      [ 1. -1.]
+
+    References:
+      Xie et al., arXiv 2208.06677, Algorithm 1; sail-sg/Adan.
     """
     name = "scale_by_adan"
     validation.check_decay_rate(name, b1=b1, b2=b2, b3=b3)

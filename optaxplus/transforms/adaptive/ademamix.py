@@ -121,6 +121,16 @@ def scale_by_ademamix(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import optax, optaxplus as ox
+      >>> steps = 10_000
+      >>> rule = ox.scale_by_ademamix(alpha=8.0, alpha_warmup=steps, b3_warmup=steps)
+      >>> tx = optax.chain(rule, ox.descend(1e-3, 0.1))
+
+    References:
+      Pagliardini, Ablin, Grangier, arXiv 2409.03137, Algorithm 1 and appendix A.1;
+      apple/ml-ademamix.
     """
     name = "scale_by_ademamix"
     validation.check_decay_rate(name, b1=b1, b2=b2, b3=b3)

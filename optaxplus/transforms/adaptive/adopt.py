@@ -104,6 +104,18 @@ def scale_by_adopt(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_adopt()
+      >>> first, state = tx.update(grads, tx.init(grads))
+      >>> second, state = tx.update(grads, state)
+      >>> print(first, second.round(3))
+      [0. 0.] [ 0.1 -0.1]
+
+    References:
+      Taniguchi et al., arXiv 2411.02853v3, Algorithm 2; torch-adopt 0.1.0.
     """
     name = "scale_by_adopt"
     validation.check_decay_rate(name, b1=b1, b2=b2)

@@ -92,6 +92,18 @@ def scale_by_nadam(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_nadam()
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates.round(3))
+      [ 1.056 -1.056]
+
+    References:
+      Dozat, Incorporating Nesterov momentum into Adam (2016), Algorithm 8;
+      `torch.optim.NAdam`.
     """
     name = "scale_by_nadam"
     validation.check_decay_rate(name, b1=b1, b2=b2)

@@ -132,6 +132,17 @@ def scale_by_radam(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_radam()
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates.round(3))
+      [ 4. -1.]
+
+    References:
+      Liu et al., arXiv 1908.03265, Algorithm 2; `torch.optim.RAdam`.
     """
     name = "scale_by_radam"
     validation.check_decay_rate(name, b1=b1, b2=b2)

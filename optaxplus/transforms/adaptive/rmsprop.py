@@ -92,6 +92,18 @@ def scale_by_rmsprop(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_rmsprop(b2=0.75)
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates)
+      [ 2. -2.]
+
+    References:
+      Tieleman and Hinton, lecture 6.5 (2012); Graves, arXiv 1308.0850, equation 38
+      (centered); `torch.optim.RMSprop`.
     """
     name = "scale_by_rmsprop"
     validation.check_decay_rate(name, b2=b2)

@@ -101,8 +101,20 @@ def scale_by_stable_adam(
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
-      ValueError: If an argument is out of range, axes do not fit, or `update` is
-        called without the params that it needs.
+      ValueError: If an argument is out of range, axes or mask do not fit, or `update`
+        is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([1.0, -1.0])
+      >>> tx = ox.scale_by_stable_adam()
+      >>> calm, state = tx.update(grads, tx.init(grads))
+      >>> shock, state = tx.update(100 * grads, state)
+      >>> print(calm.round(3), shock.round(3))
+      [ 1. -1.] [ 0.531 -0.531]
+
+    References:
+      Wortsman et al., arXiv 2304.13013, Algorithm 2; optimi's `StableAdamW`.
     """
     name = "scale_by_stable_adam"
     validation.check_decay_rate(name, b1=b1, b2=b2)
