@@ -192,6 +192,15 @@ def adopt(
       ValueError: If an argument is out of range, the mask does not fit, or `update` is
         called without the params that it needs.
 
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> tx = ox.adopt(0.1)
+      >>> params = jnp.array([1.0, -2.0])
+      >>> first, state = tx.update(params, tx.init(params), params)
+      >>> second, state = tx.update(params, state, params)
+      >>> print(first.any(), second)
+      False [-0.01  0.01]
+
     References:
       Taniguchi et al., arXiv 2411.02853; torch-adopt 0.1.0 with `decouple=True`.
     """

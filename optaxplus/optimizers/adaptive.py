@@ -39,7 +39,8 @@ def adam(
       learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
-      eps: Added to the denominator outside the square root. >= 0, not both 0.
+      eps: Added to the denominator outside the square root. >= 0; eps and eps_root
+        may not both be 0.
       eps_root: Added inside the square root. >= 0.
       nesterov: Whether to look one step ahead, as in `optax.nadam`. Static.
       mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
@@ -102,7 +103,8 @@ def adamw(
       learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
-      eps: Added to the denominator outside the square root. >= 0, not both 0.
+      eps: Added to the denominator outside the square root. >= 0; eps and eps_root
+        may not both be 0.
       eps_root: Added inside the square root. >= 0.
       weight_decay: Decay per step, >= 0, or a schedule of it; relative to the learning
         rate unless `decay` is "independent". Other than 0 it makes `update` need
@@ -173,7 +175,8 @@ def amsgrad(
       learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
-      eps: Added to the denominator outside the square root. >= 0, not both 0.
+      eps: Added to the denominator outside the square root. >= 0; eps and eps_root
+        may not both be 0.
       eps_root: Added inside the square root. >= 0.
       mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of the second moment and its maximum. Static.

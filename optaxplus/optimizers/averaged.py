@@ -64,6 +64,14 @@ def ranger(
       ValueError: If an argument is out of range, axes or mask do not fit, or `update`
         is called without the params that it needs.
 
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> tx = ox.ranger(1e-2)
+      >>> params = {"kernel": jnp.ones((4, 8))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> slow = optax.tree.get(state, "slow")  # For evaluation.
+
     References:
       Wright, Ranger (2019, with gradient centralization 2020),
       lessw2020/Ranger-Deep-Learning-Optimizer; Liu et al., arXiv 1908.03265; Zhang et

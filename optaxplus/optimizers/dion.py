@@ -59,7 +59,7 @@ def dion(
       rank_multiple: The rank is rounded up to a multiple of it, >= 1. Static.
       power_iterations: Power iterations a step, >= 1. Static.
       eps: Added to the lengths of the basis' columns, relative to the matrix. >= 0.
-      seed: Of the first bases. Static.
+      seed: Of the first bases, >= 0. Static.
       weight_decay: Decay per step of the matrices, >= 0, or a schedule of it; relative
         to the learning rate unless `decay` is "independent". Static if 0.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
@@ -80,12 +80,22 @@ def dion(
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter or a label has no transformation.
+        parameter, a label has no transformation, or the mask does not fit; if `update`
+        is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((64, 16)), "bias": jnp.ones(16)}}
+      >>> tx = ox.dion(0.01, rank_fraction=0.25, adamw_learning_rate=1e-3)
+      >>> ox.memory_report(tx, params).by_label
+      {'adamw': 132, 'frozen': 0, 'muon': 4352}
 
     References:
       Ahn et al., Dion, arXiv 2504.05295.

@@ -65,8 +65,15 @@ def adafactor(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not real floating
         point.
-      ValueError: If an argument is out of range, axes do not fit, or `update` is
-        called without params.
+      ValueError: If an argument is out of range, axes or mask do not fit, or `update`
+        is called without params.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> tx = ox.adafactor(1e-2)
+      >>> params = {"kernel": jnp.ones((256, 512))}
+      >>> ox.memory_report(tx, params).state
+      3080
 
     References:
       Shazeer and Stern, arXiv 1804.04235. Equals `optax.adafactor` but for what is
@@ -169,6 +176,11 @@ def came(
         point.
       ValueError: If an argument is out of range, axes or mask do not fit, or `update`
         is called without the params that it needs.
+
+    Example:
+      >>> import optax, optaxplus as ox
+      >>> schedule = optax.linear_schedule(0.0, 2e-4, transition_steps=1000)
+      >>> tx = ox.came(schedule, weight_decay=0.1, mask=ox.decay_mask)
 
     References:
       Luo et al., arXiv 2307.02047; the authors' package came-pytorch 0.1.3.

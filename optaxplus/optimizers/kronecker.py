@@ -94,12 +94,22 @@ def shampoo(
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter, a label has no transformation, or a side has no equal tiles.
+        parameter, a label has no transformation, the mask or specs do not fit, or a
+        side has no equal tiles; if `update` is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((64, 16)), "bias": jnp.ones(16)}}
+      >>> tx = ox.shampoo(1e-3)
+      >>> ox.memory_report(tx, params).by_label
+      {'adamw': 132, 'frozen': 0, 'muon': 43012}
 
     References:
       Gupta et al., arXiv 1802.09568; Shi et al., arXiv 2309.06497.
@@ -215,12 +225,22 @@ def soap(
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter, a label has no transformation, or a side has no equal tiles.
+        parameter, a label has no transformation, the mask or specs do not fit, or a
+        side has no equal tiles; if `update` is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((64, 16)), "bias": jnp.ones(16)}}
+      >>> tx = ox.soap(3e-3, weight_decay=0.01)
+      >>> ox.memory_report(tx, params).by_label
+      {'adamw': 132, 'frozen': 0, 'muon': 43012}
 
     References:
       Vyas et al., SOAP, arXiv 2409.11321.

@@ -69,7 +69,7 @@ def apollo(
       update_interval: Steps between two projections, >= 1. Static.
       max_norm_growth: How many times longer than the one before it the update of a
         matrix may be, >= 1; None for no limit. Static if None.
-      seed: Of the projections. Static.
+      seed: Of the projections, >= 0. Static.
       weight_decay: Decay per step of the matrices, >= 0, or a schedule of it; relative
         to the learning rate unless `decay` is "independent". Static if 0.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
@@ -88,12 +88,15 @@ def apollo(
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter or a label has no transformation.
+        parameter, a label has no transformation, or the mask does not fit; if `update`
+        is called without the params that it needs.
 
     Example:
       >>> import jax.numpy as jnp, optaxplus as ox

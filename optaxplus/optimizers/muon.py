@@ -101,7 +101,7 @@ def muon(
         `orthogonalize_via_newton_schulz`. Static.
       method: "standard", "gram" or "auto", whichever multiplies less, see
         `optaxplus.numerics.polar_factor`. Static.
-      normalization: "schatten", "frobenius" or "aol", ibidem. Static.
+      normalization: "schatten", "frobenius" or "aol", see there. Static.
       compute_dtype: Dtype of the operands of the matrix products. Static.
       shape_scale: "match_adamw": 0.2·sqrt(max(fan_in, fan_out)); "keller":
         sqrt(max(1, fan_out / fan_in)); "spectral": sqrt(fan_out / fan_in). Static.
@@ -131,9 +131,11 @@ def muon(
       "muon", "adamw", "frozen" and those of `fallback`.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter or a label has no transformation.
+        parameter, a label has no transformation, or the mask or specs do not fit; if
+        `update` is called without the params that it needs.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox

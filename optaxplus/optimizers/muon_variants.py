@@ -74,8 +74,8 @@ def normuon(
       ns_steps: Newton-Schulz steps, >= 1. Static.
       ns_coeffs: Name of a coefficient table or rows (a, b, c), see
         `orthogonalize_via_newton_schulz`. Static.
-      method: "standard", "gram" or "auto", ibidem. Static.
-      normalization: "schatten", "frobenius" or "aol", ibidem. Static.
+      method: "standard", "gram" or "auto", see there. Static.
+      normalization: "schatten", "frobenius" or "aol", see there. Static.
       compute_dtype: Dtype of the operands of the matrix products. Static.
       shape_scale: "match_adamw", "keller" or "spectral", see `optaxplus.muon`. Static.
       rules: What each parameter is, see `optaxplus.muon`. Static.
@@ -95,12 +95,22 @@ def normuon(
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter or a label has no transformation.
+        parameter, a label has no transformation, or the mask or specs do not fit; if
+        `update` is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((64, 16)), "bias": jnp.ones(16)}}
+      >>> tx = ox.normuon(1e-3)
+      >>> ox.memory_report(tx, params).by_label
+      {'adamw': 132, 'frozen': 0, 'muon': 4164}
 
     References:
       Li et al., NorMuon, arXiv 2510.05491.
@@ -201,8 +211,8 @@ def adamuon(
       ns_steps: Newton-Schulz steps, >= 1. Static.
       ns_coeffs: Name of a coefficient table or rows (a, b, c), see
         `orthogonalize_via_newton_schulz`. Static.
-      method: "standard", "gram" or "auto", ibidem. Static.
-      normalization: "schatten", "frobenius" or "aol", ibidem. Static.
+      method: "standard", "gram" or "auto", see there. Static.
+      normalization: "schatten", "frobenius" or "aol", see there. Static.
       compute_dtype: Dtype of the operands of the matrix products. Static.
       shape_scale: "match_adamw", "keller" or "spectral", see `optaxplus.muon`. Static.
       rules: What each parameter is, see `optaxplus.muon`. Static.
@@ -222,12 +232,22 @@ def adamuon(
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter or a label has no transformation.
+        parameter, a label has no transformation, or the mask or specs do not fit; if
+        `update` is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((64, 16)), "bias": jnp.ones(16)}}
+      >>> tx = ox.adamuon(1e-3)
+      >>> ox.memory_report(tx, params).by_label
+      {'adamw': 132, 'frozen': 0, 'muon': 8196}
 
     References:
       Si et al., AdaMuon, arXiv 2507.11005.

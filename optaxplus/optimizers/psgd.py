@@ -82,7 +82,7 @@ def kron(
         `optaxplus.scale_by_kron`. Static.
       max_update_rms: Largest root mean square of a matrix of the update, > 0, or None
         for no limit. Static if None.
-      seed: Of the random numbers of the fit. Static.
+      seed: Of the random numbers of the fit, >= 0. Static.
       weight_decay: Decay per step of the matrices, >= 0, or a schedule of it; relative
         to the learning rate unless `decay` is "independent". Static if 0.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
@@ -104,12 +104,22 @@ def kron(
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter, a label has no transformation, or a side has no equal tiles.
+        parameter, a label has no transformation, the mask or specs do not fit, or a
+        side has no equal tiles; if `update` is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((64, 16)), "bias": jnp.ones(16)}}
+      >>> tx = ox.kron(5e-4, adamw_learning_rate=1e-3)
+      >>> ox.memory_report(tx, params).by_label
+      {'adamw': 132, 'frozen': 0, 'muon': 21512}
 
     References:
       Li, arXiv 1512.04202, arXiv 2402.11858.

@@ -43,7 +43,7 @@ def adamw8bit(
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
       block_size: About how many entries share a scale. >= 8. Static.
-      min_size: Parameters with fewer entries keep float32 moments. Static.
+      min_size: Parameters with fewer entries keep float32 moments. >= 1. Static.
       code: "root" or "dynamic", see `optaxplus.quantize_state`. Static.
       keep: Roles whose moments stay in float32. Static.
       rules: Ordered rules that give the roles; put your own in front. Static.
@@ -112,7 +112,7 @@ def lion8bit(
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
       block_size: About how many entries share a scale. >= 8. Static.
-      min_size: Parameters with fewer entries keep a float32 momentum. Static.
+      min_size: Parameters with fewer entries keep a float32 momentum. >= 1. Static.
       code: "root" or "dynamic", see `optaxplus.quantize_state`. Static.
       keep: Roles whose momentum stays in float32. Static.
       rules: Ordered rules that give the roles; put your own in front. Static.

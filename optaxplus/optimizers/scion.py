@@ -110,7 +110,7 @@ def scion(
         `optaxplus.orthogonalize_via_newton_schulz`. Static.
       method: "standard", "gram" or "auto", whichever multiplies less, see
         `optaxplus.numerics.polar_factor`. Static.
-      normalization: "schatten", "frobenius" or "aol", ibidem. Static.
+      normalization: "schatten", "frobenius" or "aol", see there. Static.
       compute_dtype: Dtype of the operands of the matrix products. Static.
       rules: What each parameter is, see `optaxplus.infer_matrix_axes`; "frozen"
         parameters have no state and do not move. Static.
