@@ -135,6 +135,14 @@ def dequantize_state(state: PyTree) -> PyTree:
 
     Returns:
       The tree with every `QuantizedArray` replaced by the array that it stands for.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> tx = ox.lion8bit(1e-4)
+      >>> state = tx.init({"dense": {"kernel": jnp.ones((512, 512))}})
+      >>> mu = optax.tree.get(ox.dequantize_state(state), "mu")
+      >>> print(mu["dense"]["kernel"].shape, mu["dense"]["kernel"].dtype)
+      (512, 512) float32
     """
     return jax.tree.map(
         lambda node: node.dequantize() if _is_quantized(node) else node,

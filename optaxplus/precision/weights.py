@@ -90,16 +90,20 @@ def master_weights(
       bits: 32, a float32 copy; or 24, the 16 bits of the parameter and 8 more, rounded
         stochastically, so that updates below their resolution (2^-16 to 2^-15 of a
         parameter in bfloat16) are kept on average. Static.
-      seed: Of the noise with 24 bits, modulo 2^32; other seeds round otherwise. Static.
+      seed: Of the noise with 24 bits, >= 0, modulo 2^32; other seeds round otherwise.
+        Static.
 
     Returns:
       A transformation with state `RoundedWeightsState` that needs params and
       emits float32.
 
     Raises:
-      TypeError: If `inner` is no transformation or an argument has a wrong type.
-      ValueError: If `bits` is another number, `inner` keeps weights already, or
-        `update` is called without params.
+      TypeError: If `inner` is no transformation, an argument has a wrong type, or a
+        parameter is not floating point, is in fewer than 16 bits, or has another dtype
+        in `update` than at `init`.
+      ValueError: If `bits` is another number or `seed` negative, `inner` keeps weights
+        already, or `update` is called without params or with the state of another
+        wrapper.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox
@@ -111,6 +115,10 @@ def master_weights(
       ...     params = optax.apply_updates(params, updates)
       >>> print(params, round(float(state.kept["master"][0]), 4))
       [0.988281 0.988281] 0.99
+
+    References:
+      Micikevicius et al., arXiv 1710.03740, section 3.1; FlashOptim, arXiv 2602.23349
+      (24 bits).
     """
     name = "master_weights"
     validation.check_transformation(name, "inner", inner)
@@ -135,7 +143,7 @@ def stochastic_rounding(
 
     Args:
       inner: A whole optimizer. It gets gradients and parameters in float32.
-      seed: Of the noise, modulo 2^32; other seeds round otherwise. Groups of
+      seed: Of the noise, >= 0, modulo 2^32; other seeds round otherwise. Groups of
         `optax.partition` that have a wrapper each need seeds of their own for noise of
         their own. Static.
 
@@ -146,9 +154,10 @@ def stochastic_rounding(
       members of a `jax.vmap`.
 
     Raises:
-      TypeError: If `inner` is no transformation or an argument has a wrong type.
+      TypeError: If `inner` is no transformation, an argument has a wrong type, or a
+        parameter is not floating point or in fewer than 16 bits.
       ValueError: If `seed` is negative, `inner` keeps weights already, or `update` is
-        called without params.
+        called without params or with the state of another wrapper.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox
@@ -160,6 +169,9 @@ def stochastic_rounding(
       ...     params = optax.apply_updates(params, updates)
       >>> print(f"{params.mean(dtype=jnp.float32):.3f}")
       0.900
+
+    References:
+      Zamirai et al., arXiv 2010.06192.
     """
     name = "stochastic_rounding"
     validation.check_transformation(name, "inner", inner)
@@ -192,9 +204,10 @@ def compensated(
       float32.
 
     Raises:
-      TypeError: If `inner` is no transformation.
-      ValueError: If `inner` keeps weights already, or `update` is called without
-        params.
+      TypeError: If `inner` is no transformation, or a parameter is not floating point,
+        is in fewer than 16 bits, or has another dtype in `update` than at `init`.
+      ValueError: If `inner` keeps weights already, or `update` is called without params
+        or with the state of another wrapper.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox
@@ -206,6 +219,9 @@ def compensated(
       ...     params = optax.apply_updates(params, updates)
       >>> print(params)
       [0.898438 0.898438]
+
+    References:
+      Kahan, CACM 8 (1965); Zamirai et al., arXiv 2010.06192.
     """
     name = "compensated"
     validation.check_transformation(name, "inner", inner)
