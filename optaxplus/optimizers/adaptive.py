@@ -35,6 +35,8 @@ def adam(
 
     State: 8 bytes per parameter.
 
+    Links: `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
       b1: Decay rate of the first moment, in [0, 1).
@@ -62,7 +64,7 @@ def adam(
       [ 0.9 -1.9]
 
     References:
-      Kingma and Ba, arXiv 1412.6980.
+      Kingma and Ba, arXiv 1412.6980, Algorithm 1.
     """
     validation.check_learning_rate("adam", learning_rate)
     return chain_in_float32(
@@ -98,6 +100,8 @@ def adamw(
 
     The default of optax; language models are usually trained with b2=0.95 and
     weight_decay=0.1. State: 8 bytes per parameter (12 with amsgrad).
+
+    Links: `scale_by_adam`, `descend`.
 
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
@@ -171,6 +175,8 @@ def amsgrad(
     Equals `torch.optim.Adam(amsgrad=True)`. `adamw(amsgrad=True)` adds weight decay.
     State: 12 bytes per parameter.
 
+    Links: `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
       b1: Decay rate of the first moment, in [0, 1).
@@ -233,6 +239,8 @@ def nadam(
     Equals `torch.optim.NAdam`, with decoupled weight decay. State: 8 bytes per
     parameter.
 
+    Links: `scale_by_nadam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 2e-3 is usual.
       b1: Decay rate of the first moment, in [0, 1).
@@ -265,8 +273,8 @@ def nadam(
       [-0.10564517  0.10564517]
 
     References:
-      Dozat, Incorporating Nesterov momentum into Adam (2016). Differs from
-      `optax.nadam`, which is `adam(nesterov=True)` here.
+      Dozat, Incorporating Nesterov momentum into Adam (2016), Algorithm 8. Differs
+      from `optax.nadam`, which is `adam(nesterov=True)` here.
     """
     validation.check_learning_rate("nadam", learning_rate)
     validation.check_weight_decay("nadam", weight_decay)
@@ -303,6 +311,8 @@ def radam(
     long where gradients are large. Equals `torch.optim.RAdam`, with decoupled weight
     decay. State: 8 bytes per parameter.
 
+    Links: `scale_by_radam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 to 1e-2 is usual.
       b1: Decay rate of the first moment, in [0, 1).
@@ -336,8 +346,8 @@ def radam(
       [-0.20000003  0.40000007]
 
     References:
-      Liu et al., arXiv 1908.03265. The authors' code skips the first steps instead of
-      taking them without a denominator.
+      Liu et al., arXiv 1908.03265, Algorithm 2. The authors' code skips the first steps
+      instead of taking them without a denominator.
     """
     validation.check_learning_rate("radam", learning_rate)
     validation.check_weight_decay("radam", weight_decay)

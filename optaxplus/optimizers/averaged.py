@@ -36,6 +36,8 @@ def ranger(
 
     State: 12 bytes per parameter.
 
+    Links: `centralize`, `scale_by_radam`, `descend`, all of them in `lookahead`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 to 1e-2 is usual: Lookahead
         halves the way, and the first steps are short where gradients are.

@@ -68,6 +68,8 @@ def adam_mini(
     `splits=(head_dim,) * heads`. What became of every parameter:
     `jax.tree.map(jnp.shape, optax.tree.get(tx.init(params), "nu"))`.
 
+    Links: `scale_by_adam_mini`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. AdamW's.
       b1: Decay rate of the first moment, in [0, 1).
@@ -102,7 +104,7 @@ def adam_mini(
       {'out': {'kernel': (1, 1, 8)}, 'query': {'kernel': (1, 2, 1)}}
 
     References:
-      Zhang et al., arXiv 2406.16793; the authors' package adam-mini 1.1.1.
+      Zhang et al., arXiv 2406.16793, Algorithm 1; the authors' package adam-mini 1.1.1.
     """
     name = "adam_mini"
     validation.check_learning_rate(name, learning_rate)

@@ -32,6 +32,8 @@ def sgd(
     Weight decay is the L2 kind: it is added to the gradient and passes through the
     momentum. State: 4 bytes per parameter with momentum, none without.
 
+    Links: decay, `scale_by_momentum`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       momentum: Heavy-ball coefficient, in [0, 1). A constant gradient makes steps
@@ -92,6 +94,8 @@ def adagrad(
     For sparse features and convex problems; on long runs its steps vanish. Equals
     `torch.optim.Adagrad`, whose `lr_decay` is the schedule `lambda step:
     learning_rate / (1 + step * lr_decay)`. State: 4 bytes per parameter.
+
+    Links: decay, `scale_by_adagrad`, `descend`.
 
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-2 is usual.
@@ -155,6 +159,8 @@ def rmsprop(
     The classic choice for recurrent networks and reinforcement learning. Equals
     `torch.optim.RMSprop`. State: 4 bytes per parameter, 4 more with momentum, 4 more
     if centered.
+
+    Links: decay, `scale_by_rmsprop`, `scale_by_momentum`, `descend`.
 
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 to 1e-2 is usual.

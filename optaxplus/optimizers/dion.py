@@ -50,6 +50,9 @@ def dion(
     accelerators it was not measured. AdamW's learning rate does not suit
     `shape_scale="spectral"`; set `adamw_learning_rate`.
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_dion`,
+    `scale_by_matrix_shape`, `descend`; for the others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
@@ -98,7 +101,7 @@ def dion(
       {'adamw': 132, 'frozen': 0, 'muon': 4352}
 
     References:
-      Ahn et al., Dion, arXiv 2504.05295.
+      Ahn et al., Dion, arXiv 2504.05295, Algorithm 1.
     """
     name = "dion"
 

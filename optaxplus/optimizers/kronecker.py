@@ -57,6 +57,9 @@ def shampoo(
 
     Their eps is absolute, 1e-12; here it is relative to the factors.
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_shampoo`,
+    `descend`; for the others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
@@ -112,7 +115,7 @@ def shampoo(
       {'adamw': 132, 'frozen': 0, 'muon': 43012}
 
     References:
-      Gupta et al., arXiv 1802.09568; Shi et al., arXiv 2309.06497.
+      Gupta et al., arXiv 1802.09568, Algorithm 1; Shi et al., arXiv 2309.06497.
     """
     name = "shampoo"
 
@@ -194,6 +197,9 @@ def soap(
     two axes in its rules and decay after the step. Theirs gives vectors to Adam too,
     with SOAP's b1 and b2.
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_soap`, `descend`;
+    for the others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
@@ -243,7 +249,7 @@ def soap(
       {'adamw': 132, 'frozen': 0, 'muon': 43012}
 
     References:
-      Vyas et al., SOAP, arXiv 2409.11321.
+      Vyas et al., SOAP, arXiv 2409.11321, Algorithm 3.
     """
     name = "soap"
 

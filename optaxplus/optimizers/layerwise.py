@@ -43,6 +43,9 @@ def lars(
     trust_coefficient=0.02 and eps=1e-8; where a gradient is zero nothing decays;
     its option to clip the ratio is left out.
 
+    Links: `trust_ratio`, which decays too, `descend`, `scale_by_momentum`; the last two
+    the other way round for "apex".
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1 to 10 with a warm-up is usual, up
         to 34 in the ResNet-50 recipes for batches of 32768. Parameters that are zero,
@@ -118,6 +121,8 @@ def lamb(
     default is the form of TensorFlow Addons and optax. That of NVIDIA's apex has
     `clip_norm=1.0`, `weight_decay=0.01` and no ratio where nothing decays, so the same
     `mask` and `trust_mask`.
+
+    Links: `clip_by_global_norm`, `scale_by_adam`, decay, `trust_ratio`, `descend`.
 
     Args:
       learning_rate: See `optaxplus.custom_types`. Relative length of a step; 1e-3 to

@@ -55,6 +55,9 @@ def apollo(
     The limit on the growth of norms replaces the clipping of gradients; warm up the
     learning rate all the same.
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_apollo`, `descend`;
+    for the others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
@@ -105,7 +108,8 @@ def apollo(
       524
 
     References:
-      Zhu et al., APOLLO: SGD-like memory, AdamW-level performance, arXiv 2412.05270.
+      Zhu et al., APOLLO: SGD-like memory, AdamW-level performance, arXiv 2412.05270,
+      Algorithm 1.
     """
     name = "apollo"
 

@@ -82,6 +82,10 @@ def muon(
     and output heads among them. microsoft/dion divides by 1.02 times the norm, which
     no argument here does.
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_ema`,
+    `orthogonalize_via_newton_schulz`, `scale_by_matrix_shape`, `descend`; for the
+    others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters

@@ -59,6 +59,10 @@ def normuon(
     zichongli5/NorMuon is learning_rate=0.02, weight_decay=0, shape_scale="keller",
     ns_coeffs="jordan", normalization="frobenius".
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_ema`,
+    `orthogonalize_via_newton_schulz`, `normalize_neurons`, `scale_by_matrix_shape`,
+    `descend`; for the others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
@@ -194,6 +198,11 @@ def adamuon(
     Chongjie-Si/AdaMuon is learning_rate=0.02, weight_decay=0.01, ns_coeffs="jordan",
     normalization="frobenius"; the paper's later versions take the sign of the momentum
     first (use_sign=True).
+
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_ema`,
+    `scale_by_sign` if `use_sign`, `orthogonalize_via_newton_schulz`,
+    `scale_by_adamuon`, `scale_by_matrix_shape`, `descend`; for the others
+    `scale_by_adam`, `descend`.
 
     Args:
       learning_rate: See `optaxplus.custom_types`.

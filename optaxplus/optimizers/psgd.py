@@ -64,6 +64,9 @@ def kron(
 
     psgd_jax has a factor for every axis of a kernel of three or more.
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_kron`, `descend`;
+    for the others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters

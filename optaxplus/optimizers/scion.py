@@ -92,6 +92,8 @@ def scion(
       radius; zero biases.
     - Their models have RMS norms without scales, and activations times √2.
 
+    Links: `clip_by_global_norm`, `scale_by_ema`, `scale_by_norm_lmo`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. At most 1 if constrained.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters

@@ -53,6 +53,11 @@ def mars(
     State: 12 bytes per parameter (8 in the variants "lion" and "shampoo"), 8 in
     vectors.
 
+    Links of matrices: `mars_correction`; `scale_by_adam`, or `scale_by_ema` and
+    `scale_by_sign` ("lion"), or `scale_by_ema`, `orthogonalize_via_newton_schulz` and
+    `scale_by_matrix_shape` ("shampoo"); `descend`. Of vectors: `scale_by_adam`,
+    `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 3e-3 is usual for "adamw",
         1e-4 for "lion", 2e-2 for "shampoo".
@@ -104,8 +109,9 @@ def mars(
       {'adamw': 132, 'frozen': 0, 'mars': 12292}
 
     References:
-      Yuan et al., arXiv 2411.10438; AGI-Arena/MARS with `is_approx=True`. The clipping
-      is that of one matrix, as there; Levanter's is that of the whole tree.
+      Yuan et al., arXiv 2411.10438, equations 2.3 and 2.4; AGI-Arena/MARS with
+      `is_approx=True`. The clipping is that of one matrix, as there; Levanter's is that
+      of the whole tree.
     """
     name = "mars"
     if adamw_learning_rate is None:

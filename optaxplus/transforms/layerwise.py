@@ -91,8 +91,8 @@ def trust_ratio(
       trust_coefficient: Relative length η of a step before the learning rate. > 0.
       weight_decay: LARS's λ: decay that enters the update and, as a norm of its own,
         the denominator. Leave it 0 where decay was added before (LAMB).
-      form: How λ enters: "paper", "optax", "tensorflow" or "apex", see the
-        module. Static.
+      form: How λ enters: "paper", "optax", "tensorflow" or "apex", see the table of
+        `optaxplus.lars`. Static.
       eps: Added to the denominator, in units of the update. >= 0.
       min_param_norm: Lower bound φ_min of the parameters' norm; other than 0 it lets
         zero parameters move by it. >= 0.

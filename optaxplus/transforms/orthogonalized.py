@@ -187,8 +187,8 @@ def scale_by_matrix_shape(
     """Multiplies every matrix by a factor that depends on its shape alone.
 
     Args:
-      shape_scale: "match_adamw", "keller" or "spectral"; the module docstring has the
-        formulas. Static.
+      shape_scale: "match_adamw": 0.2·sqrt(max(fan_in, fan_out)); "keller": sqrt(max(1,
+        fan_out / fan_in)); "spectral": sqrt(fan_out / fan_in). Static.
       axes: Matrix axes, see `optaxplus.custom_types`. Each split counts as a matrix.
 
     Returns:

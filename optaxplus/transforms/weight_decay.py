@@ -85,8 +85,10 @@ def descend(
         learning rate does. Other than 0 it makes `update` need params. Static if 0.
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all,
         `decay_mask` all but vectors.
-      decay: "decoupled", "independent", "cautious" or "proximal", see the module.
-        Static.
+      decay: With η the learning rate, λ the decay, u the direction and p the
+        parameters, "decoupled": p - η·(u + λ·p); "independent": p - η·u - λ·p;
+        "cautious": as "decoupled" where the step shrinks p too, else without decay;
+        "proximal": (p - η·u) / (1 + η·λ). Static.
 
     Returns:
       A transformation with state `DescendState` if something is a schedule, else an
