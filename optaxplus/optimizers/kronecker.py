@@ -64,9 +64,9 @@ def shampoo(
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
         together, see `optaxplus.muon`. Static if None.
-      b1: Decay rate of the mean, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the factors, in [0, 1), or 1 for sums. Static if 1.
-      b3: Decay rate of the mean square of grafting "adam", in [0, 1).
+      b3: Decay rate of the second moment of grafting "adam", in [0, 1).
       eps: Smallest eigenvalue of a factor, relative to its Frobenius norm. >= 0. Static
         for `root_method="newton"`.
       update_interval: Steps from one refresh of the roots to the next, >= 1. Static.
@@ -74,7 +74,7 @@ def shampoo(
       large_dims: What becomes of larger sides, "tiles" or "diagonal", see
         `optaxplus.scale_by_shampoo`. Static.
       grafting: Whose size a step has: "sgd", "adagrad", "adam", or None. Static.
-      grafting_eps: Added to the root of its mean square. > 0.
+      grafting_eps: Added to the root of its second moment. > 0.
       root_order: Order of the inverse roots, >= 1; None is 4. Static.
       root_method: "eigh", or "newton" for TPUs, see `optaxplus.scale_by_shampoo`.
         Static.
@@ -204,10 +204,10 @@ def soap(
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
         together, see `optaxplus.muon`. Static if None.
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       b3: Decay rate of the factors, in [0, 1); None is `b2`. Static if None.
-      eps: Added to the root of the mean square. > 0.
+      eps: Added to the root of the second moment. > 0.
       update_interval: Steps from one refresh of the bases to the next, >= 1. Static.
       max_dim: Largest side that has a basis, >= 1. Static.
       large_dims: What becomes of larger sides, "diagonal" or "tiles", see

@@ -62,9 +62,9 @@ def apollo(
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
         together, see `optaxplus.muon`. Static if None.
-      b1: Decay rate of the mean of the projected gradient, in [0, 1).
-      b2: Decay rate of its mean square, in [0, 1).
-      eps: Added to the root of the mean square before its bias correction. >= 0.
+      b1: Decay rate of the first moment of the projected gradient, in [0, 1).
+      b2: Decay rate of its second moment, in [0, 1).
+      eps: Added to the root of the second moment before its bias correction. >= 0.
       rank: Rows of the projection, >= 1; not more than the shorter side has. Static.
       scale: The update of matrices is multiplied by its root. > 0.
       scaling: "channel", a factor for each index of the longer side, or "tensor", one

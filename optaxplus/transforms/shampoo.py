@@ -76,8 +76,8 @@ class ScaleByShampooState(NamedTuple):
     Attributes:
       count: Finished updates; shape (), int32.
       mu: First moment M; like the parameters, in `mu_dtype`.
-      nu: Squares V of "adagrad" and "adam"; like the parameters, in `nu_dtype`. Else
-        None.
+      nu: Second moment V of "adagrad" and "adam"; like the parameters, in `nu_dtype`.
+        Else None.
       factor_in: Factors L, of fan_in.
       factor_out: Factors R, of fan_out.
       root_in: Inverse roots P_L of L; zeros before the first step.
@@ -361,10 +361,10 @@ def scale_by_shampoo(
     refresh an inverse root of each.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the factors, in [0, 1), or 1 for sums. Static if 1.
-      b3: Decay rate of the mean square of grafting "adam", in [0, 1). (In
-        `scale_by_soap` b2 is that of the mean square and b3 that of the factors.)
+      b3: Decay rate of the second moment of grafting "adam", in [0, 1). (In
+        `scale_by_soap` b2 is that of the second moment and b3 that of the factors.)
       eps: Smallest eigenvalue of a factor, relative to its Frobenius norm, see
         `optaxplus.numerics.inverse_root`. >= 0. Static for `root_method="newton"`.
       update_interval: Steps from one refresh of the roots to the next, >= 1; the first
@@ -375,15 +375,15 @@ def scale_by_shampoo(
         factor. Static.
       grafting: The method whose norm the step of every tile takes, "sgd", "adagrad" or
         "adam", or None. Static.
-      grafting_eps: Added to the root of its mean square. > 0.
+      grafting_eps: Added to the root of its second moment. > 0.
       root_order: p >= 1; None: twice the number of sides, 4 for matrices and 2 for
         vectors. Static.
       root_method: "eigh", or "newton", which is made of products, for TPUs: their
         compiler takes minutes for an eigendecomposition. See
         `optaxplus.numerics.inverse_root`. Static.
       axes: Matrix axes, see `optaxplus.custom_types`. Splits are matrices of their own.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
       placement: Which device does the work, see `optaxplus.custom_types`. Static.
 
     Returns:

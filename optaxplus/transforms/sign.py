@@ -65,7 +65,7 @@ class ScaleByLionState(NamedTuple):
     """State of `scale_by_lion`.
 
     Attributes:
-      mu: Average m; like the parameters, in `mu_dtype`.
+      mu: Momentum m; like the parameters, in `mu_dtype`.
     """
 
     mu: PyTree
@@ -93,20 +93,20 @@ def scale_by_lion(
     *,
     mu_dtype: DTypeName = "float32",
 ) -> optax.GradientTransformation:
-    """Takes the sign of a mixture of the gradient and its slow average.
+    """Takes the sign of a mixture of the gradient and its momentum, a slow average.
 
-    The average decays with b2, the mixture that is signed weighs the gradient more
+    The momentum decays with b2, the mixture that is signed weighs the gradient more
     (b1 < b2). Every coordinate moves by exactly 1 or not at all.
 
-    With Python numbers 0 < b1 < b2 and a float32 average the mixture is computed from
-    the average after the step, which needs no memory: signs differ from the formula's
+    With Python numbers 0 < b1 < b2 and a float32 momentum the mixture is computed from
+    the momentum after the step, which needs no memory: signs differ from the formula's
     only where its terms cancel to 2^-23 of their size, which float32 does not resolve
-    either way. Otherwise the compiled step copies the average before the step.
+    either way. Otherwise the compiled step copies the momentum before the step.
 
     Args:
-      b1: Weight of the average in the signed mixture, in [0, 1).
-      b2: Decay rate of the average, in [0, 1).
-      mu_dtype: Dtype of the average, see `optaxplus.custom_types`. Static.
+      b1: Weight of the momentum in the signed mixture, in [0, 1).
+      b2: Decay rate of the momentum, in [0, 1).
+      mu_dtype: Dtype of the momentum, see `optaxplus.custom_types`. Static.
 
     Returns:
       A transformation with state `ScaleByLionState`; emits float32.

@@ -251,18 +251,18 @@ def scale_by_soap(
     a few percent of a factor may be left off the diagonal of its first basis.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       b3: Decay rate of the factors, in [0, 1); None is `b2`. Static if None.
-      eps: Added to the root of the mean square before its bias correction. > 0.
+      eps: Added to the root of the second moment before its bias correction. > 0.
       update_interval: Steps from one refresh of the bases to the next, >= 1. Static.
       max_dim: Largest side that has a basis, >= 1. Static.
       large_dims: What becomes of larger sides: "diagonal" leaves them as they are (the
         eigenbasis of a diagonal factor), "tiles" cuts them into equal tiles of at most
         `max_dim`, each a matrix of its own. Static.
       axes: Matrix axes, see `optaxplus.custom_types`. Splits are matrices of their own.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
       placement: Which device does the work, see `optaxplus.custom_types`. Static.
 
     Returns:

@@ -92,18 +92,18 @@ def scale_by_adam(
     step the update is sign(g), up to `eps`.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       eps: Added outside the square root, in units of the gradient. >= 0; eps and
         eps_root may not both be 0.
       eps_root: Added inside the square root, in units of the squared gradient; makes
         the update differentiable at 0. >= 0.
-      amsgrad: Whether the denominator uses the largest mean square so far. Static.
+      amsgrad: Whether the denominator uses the largest second moment so far. Static.
       nesterov: Whether the numerator looks one step ahead. Static.
-      debias: Whether both means are divided by 1 - decayᵗ, which makes them weighted
+      debias: Whether both moments are divided by 1 - decayᵗ, which makes them weighted
         means of the gradients seen. Static.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. In bfloat16 it stalls once a step changes it
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. In bfloat16 it stalls once a step changes it
         by less than 1/256. Static.
 
     Returns:

@@ -83,12 +83,12 @@ def scale_by_adam_mini(
     chooses as the authors do.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       eps: Added outside the square root, in units of the gradient. > 0.
       axes: Matrix axes, see `optaxplus.custom_types`.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByAdamMiniState`; emits float32. Where the

@@ -37,7 +37,7 @@ class ScaleByAdanState(NamedTuple):
       count: Finished updates; shape (), int32.
       mu: Mean m of the gradient; like the parameters, in `mu_dtype`.
       mu_diff: Mean k of its change; as `mu`.
-      nu: Mean square n; like the parameters, real, in `nu_dtype`.
+      nu: Second moment n; like the parameters, real, in `nu_dtype`.
       previous_grads: The last gradient; as `mu`.
     """
 
@@ -95,11 +95,11 @@ def scale_by_adan(
     Args:
       b1: Decay rate of the mean of the gradient, in [0, 1).
       b2: Decay rate of the mean of the difference and its weight, in [0, 1).
-      b3: Decay rate of the mean square, in [0, 1).
+      b3: Decay rate of the second moment, in [0, 1).
       eps: Added outside the square root, in units of the gradient. > 0.
       mu_dtype: Dtype of the means and of the last gradient, see
         `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByAdanState`; emits float32. Where (1 - b3)·|g|²

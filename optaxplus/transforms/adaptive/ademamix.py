@@ -39,7 +39,7 @@ class ScaleByAdemamixState(NamedTuple):
       count: Finished updates; shape (), int32.
       mu: Fast mean m1; like the parameters, in `mu_dtype`.
       mu_slow: Slow mean m2; as `mu`.
-      nu: Mean square v; like the parameters, real, in `nu_dtype`.
+      nu: Second moment v; like the parameters, real, in `nu_dtype`.
     """
 
     count: jax.Array
@@ -103,7 +103,7 @@ def scale_by_ademamix(
 
     Args:
       b1: Decay rate of the fast mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       b3: Decay rate of the slow mean, in [0, 1).
       alpha: Weight of the slow mean. >= 0.
       eps: Added outside the square root, in units of the gradient. > 0.
@@ -111,7 +111,7 @@ def scale_by_ademamix(
         > 0, or None for none.
       b3_warmup: Steps over which b3 grows from b1. > 0, or None for none.
       mu_dtype: Dtype of the means, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByAdemamixState`; emits float32. Where (1 -

@@ -35,8 +35,9 @@ class ScaleByAdoptState(NamedTuple):
 
     Attributes:
       count: Finished updates; shape (), int32.
-      mu: Mean m of the normalised gradients; like the parameters, in `mu_dtype`.
-      nu: Mean square v; like the parameters, real, in `nu_dtype`.
+      mu: First moment m, of the normalised gradients; like the parameters, in
+        `mu_dtype`.
+      nu: Second moment v; like the parameters, real, in `nu_dtype`.
     """
 
     count: jax.Array
@@ -88,13 +89,13 @@ def scale_by_adopt(
     Converges for every b2, where Adam needs it close to 1. The first update is 0.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       eps: Lower bound of the denominator, in units of the gradient. > 0.
       clip: Whether normalised gradients are cut off at (t - 1)^(1/4), 1 in the second
         step and 10 after ten thousand. Static.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByAdoptState`; emits float32. Where (1 -

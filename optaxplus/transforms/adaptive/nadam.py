@@ -76,13 +76,13 @@ def scale_by_nadam(
     """Adam's direction with a look ahead, whose momentum warms up from b1/2 to b1.
 
     Args:
-      b1: Decay rate of the mean and final momentum, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b1: Decay rate of the first moment and final momentum, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       eps: Added outside the square root, in units of the gradient. > 0.
       momentum_decay: ψ, how fast the momentum warms up: 0.96^(ψ·t) is the part still
         missing. >= 0; 0 keeps it at b1/2.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByNadamState`; emits float32. Where (1 -

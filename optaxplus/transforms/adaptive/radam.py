@@ -114,15 +114,15 @@ def scale_by_radam(
     denominator, so they have the gradient's scale and not Adam's.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1). ρ never exceeds 2/(1 - b2) - 1: with
-        2/3 or less nothing is rectified.
-      eps: Added to the root of the mean square before its bias correction, in units of
-        the gradient. > 0.
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1). ρ never exceeds 2/(1 - b2) - 1:
+        with 2/3 or less nothing is rectified.
+      eps: Added to the root of the second moment before its bias correction, in units
+        of the gradient. > 0.
       threshold: Length ρ of the average above which the denominator is used. > 0;
         below 4 it acts as 4.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByRadamState`; emits float32. Where (1 -

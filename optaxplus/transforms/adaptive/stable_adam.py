@@ -84,15 +84,15 @@ def scale_by_stable_adam(
     """Adam's direction, shortened in every matrix or vector that took a shock.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       eps: Added outside the square root, in units of the gradient. > 0.
       weight_decay: Coefficient of the parameters in the update, which is shortened
         with it. >= 0. Other than 0 it makes `update` need params. Static if 0.
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all.
       axes: Matrix axes, see `optaxplus.custom_types`.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByStableAdamState`; emits float32. Where (1 -
