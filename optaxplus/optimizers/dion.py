@@ -56,7 +56,7 @@ def dion(
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
       b1: Share of the captured part of the momentum that stays, in [0, 1).
       rank_fraction: Rank of the basis relative to the shorter side, in (0, 1]. Static.
       rank_multiple: The rank is rounded up to a multiple of it, >= 1. Static.
@@ -74,8 +74,8 @@ def dion(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of the momentum of matrices and of AdamW's first moment, see
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of AdamW's second moment. Static.

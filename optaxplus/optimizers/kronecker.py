@@ -63,7 +63,7 @@ def shampoo(
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the factors, in [0, 1), or 1 for sums. Static if 1.
       b3: Decay rate of the second moment of grafting "adam", in [0, 1).
@@ -88,8 +88,8 @@ def shampoo(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of first moments, see `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of second moments. Static.
       placement: Which device does the work, see `optaxplus.custom_types`. Static.
@@ -203,7 +203,7 @@ def soap(
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       b3: Decay rate of the factors, in [0, 1); None is `b2`. Static if None.
@@ -222,8 +222,8 @@ def soap(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of first moments, see `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of second moments. Static.
       placement: Which device does the work, see `optaxplus.custom_types`. Static.

@@ -61,7 +61,7 @@ def apollo(
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
       b1: Decay rate of the first moment of the projected gradient, in [0, 1).
       b2: Decay rate of its second moment, in [0, 1).
       eps: Added to the root of the second moment before its bias correction. >= 0.
@@ -83,8 +83,8 @@ def apollo(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of all first moments, see `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of all second moments. Static.
       fallback: Replaces AdamW, see `optaxplus.muon`. Static.

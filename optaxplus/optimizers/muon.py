@@ -118,8 +118,8 @@ def muon(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of the momentum of matrices and of AdamW's first moment, see
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of AdamW's second moment. Static.

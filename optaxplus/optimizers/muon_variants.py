@@ -66,7 +66,7 @@ def normuon(
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
       b1: Decay rate of the momentum of matrices, in [0, 1).
       b2: Decay rate of the mean squares of neurons, in [0, 1).
       eps: Added to the denominators of neurons. > 0.
@@ -88,8 +88,8 @@ def normuon(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of the momentum of matrices and of AdamW's first moment, see
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of all second moments. Static.
@@ -207,7 +207,7 @@ def adamuon(
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
       b1: Decay rate of the momentum of matrices, in [0, 1).
       b2: Decay rate of the squares of the orthogonalized update, in [0, 1).
       eps: Added to the denominators of matrices. > 0.
@@ -230,8 +230,8 @@ def adamuon(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of the momentum of matrices and of AdamW's first moment, see
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of all second moments. Static.

@@ -70,7 +70,7 @@ def kron(
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
       b1: Decay rate of the momentum, in [0, 1).
       preconditioner_learning_rate: Step of the fit, relative to the factors; in (0, 1).
       init_scale: Diagonal of the Kronecker product of the factors at first. > 0.
@@ -96,8 +96,8 @@ def kron(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of the momentum of matrices and of AdamW's first moment, see
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of AdamW's second moment. Static.

@@ -39,7 +39,7 @@ def adamw8bit(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator outside the square root. > 0.
-      weight_decay: As in `optaxplus.adamw`. Static if 0.
+      weight_decay: As in `optaxplus.adamw`, >= 0. Static if 0.
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
       block_size: About how many entries share a scale. >= 8. Static.
@@ -108,7 +108,7 @@ def lion8bit(
       learning_rate: See `optaxplus.custom_types`. 1e-4 is usual.
       b1: Weight of the momentum in the signed mixture, in [0, 1).
       b2: Decay rate of the momentum, in [0, 1).
-      weight_decay: As in `optaxplus.lion`. Static if 0.
+      weight_decay: As in `optaxplus.lion`, >= 0. Static if 0.
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
       block_size: About how many entries share a scale. >= 8. Static.

@@ -211,7 +211,7 @@ def quantize_state(
     Args:
       inner: Any transformation, ours or optax's; inside of it are the moments, so it
         may be a whole optimizer.
-      bits: 8. Static.
+      bits: 8, and no other number. Static.
       block_size: About how many entries share a scale: from 0.7 to 1.4 times as many,
         and up to four times where an axis cannot be halved, see `blocks_of`. >= 8.
         Static.

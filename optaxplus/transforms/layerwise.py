@@ -89,8 +89,8 @@ def trust_ratio(
 
     Args:
       trust_coefficient: Relative length η of a step before the learning rate. > 0.
-      weight_decay: LARS's λ: decay that enters the update and, as a norm of its own,
-        the denominator. Leave it 0 where decay was added before (LAMB).
+      weight_decay: LARS's λ, >= 0: decay that enters the update and, as a norm of its
+        own, the denominator. Leave it 0 where decay was added before (LAMB).
       form: How λ enters: "paper", "optax", "tensorflow" or "apex", see the table of
         `optaxplus.lars`. Static.
       eps: Added to the denominator, in units of the update. >= 0.
