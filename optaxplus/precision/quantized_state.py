@@ -131,10 +131,16 @@ class QuantizedArray:
 
 
 class QuantizedState(NamedTuple):
-    """State of `quantize_state`."""
+    """State of `quantize_state`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    inner_state: Any  # of the wrapped one, with a `QuantizedArray` for a large moment
+    Attributes:
+      count: Finished updates; shape (), int32.
+      inner_state: State of the wrapped transformation, with a `QuantizedArray` in the
+        place of every large moment.
+    """
+
+    count: jax.Array
+    inner_state: Any
 
 
 def dequantize_state(state: PyTree) -> PyTree:
@@ -145,6 +151,14 @@ def dequantize_state(state: PyTree) -> PyTree:
 
     Returns:
       The tree with every `QuantizedArray` replaced by the array that it stands for.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> tx = ox.lion8bit(1e-4)
+      >>> state = tx.init({"dense": {"kernel": jnp.ones((512, 512))}})
+      >>> mu = optax.tree.get(ox.dequantize_state(state), "mu")
+      >>> print(mu["dense"]["kernel"].shape, mu["dense"]["kernel"].dtype)
+      (512, 512) float32
     """
     return jax.tree.map(
         lambda node: node.dequantize() if _is_quantized(node) else node,
@@ -213,7 +227,7 @@ def quantize_state(
     Args:
       inner: Any transformation, ours or optax's; inside of it are the moments, so it
         may be a whole optimizer.
-      bits: 8. Static.
+      bits: 8, and no other number. Static.
       block_size: About how many entries share a scale: from 0.7 to 1.4 times as many,
         and up to four times where an axis cannot be halved, see `blocks_of`. >= 8.
         Static.
