@@ -112,7 +112,8 @@ def memory_report(
       A `MemoryReport`; `str()` prints it, `to_dict()` is the data.
 
     Raises:
-      TypeError: If `grads_dtype` is no floating-point dtype.
+      TypeError: If `tx` is no gradient transformation, or `grads_dtype` no
+        floating-point dtype.
       ValueError: If there is no model of this name.
 
     Example:
@@ -125,6 +126,7 @@ def memory_report(
       829
     """
     name = "memory_report"
+    validation.check_transformation(name, "tx", tx)
     if isinstance(params, str):
         validation.check_choice(name, "params", params, MODELS)
         params = abstract_params(params)

@@ -34,6 +34,7 @@ def chain_in_float32(
       `optax.chain`. Extra arguments reach the links that take them.
 
     Raises:
+      TypeError: If a link is no gradient transformation.
       ValueError: If `update` is called without the params that it requires, or a link
         is `master_weights` or another wrapper that stands outermost.
 
@@ -45,6 +46,8 @@ def chain_in_float32(
       >>> updates.dtype.name
       'bfloat16'
     """
+    for index, link in enumerate(links):
+        validation.check_transformation("chain_in_float32", f"links[{index}]", link)
     chain = optax.chain(*links)
 
     def init_fn(params: PyTree) -> Any:

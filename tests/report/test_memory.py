@@ -199,3 +199,8 @@ def test_shares_are_printed_beside_the_whole():
 def test_state_outside_of_labels_is_printed_as_shared():
     text = str(ox.memory_report(ox.master_weights(ox.muon(0.1)), PARAMS))
     assert "\n  shared state " in text
+
+
+def test_refuses_what_is_no_transformation():
+    with pytest.raises(TypeError, match=r"memory_report: tx=0\.1 is not allowed"):
+        ox.memory_report(0.1, {"w": jnp.ones(3)})

@@ -131,3 +131,8 @@ def test_python_numbers_are_parameters_too():
     tx = ox.adamw(0.1)
     updates, _ = tx.update({"a": 1.0}, tx.init({"a": 1.0}), {"a": 1.0})
     assert updates["a"].dtype == jnp.float32
+
+
+def test_a_link_has_to_be_a_transformation():
+    with pytest.raises(TypeError, match=r"^chain_in_float32: links\[1\]=0.1 is not"):
+        ox.chain_in_float32(ox.scale_by_sign(), 0.1)
