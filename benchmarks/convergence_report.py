@@ -152,7 +152,39 @@ def cells(row: Row, steps: int) -> list[str]:
     ]
 
 
-def load(folder: Path) -> dict[str, dict[str, Any]]:
+def markdown(documents: dict[str, dict[str, Any]]) -> str:
+    """The tables of all tasks, as they stand in benchmarks/README.md."""
+    parts = []
+    for document in documents.values():
+        job = document["job"]
+        found = rows(document)
+        lines = [HEADER, *(cells(row, job["steps"]) for row in found)]
+        parts += [
+            f"{job['title']}, {job['steps']} steps in batches of {job['batch']}:",
+            "\n".join(
+                [
+                    *(f"| {' | '.join(line)} |" for line in lines[:1]),
+                    "|---" * 2 + "|---:" * (len(HEADER) - 2) + "|",
+                    *(f"| {' | '.join(line)} |" for line in lines[1:]),
+                ]
+            ),
+        ]
+    devices = {run["device"] for x in documents.values() for run in x["runs"]}
+    parts.append(
+        "The last validation loss in nats, median (smallest to largest) over three "
+        "seeds, at the best of seven learning rates, which were chosen with a fourth "
+        "seed; (end) where that is the lowest or the highest that was tried. Steps: "
+        "median over the seeds of the first validation at which a run is as good as "
+        "AdamW with its seed ever was; time to it: of AdamW's whole run, by the times "
+        "of a step that were measured in turns. A third of the rate, three times: how "
+        "much higher the loss of the trial is there. State: bytes per parameter of the "
+        f"network. On {', '.join(sorted(devices))}; "
+        "`python benchmarks/convergence.py` trains them."
+    )
+    return "\n\n".join(parts)
+
+
+def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """The results by task, in the order of `TASKS`."""
     paths = {name: folder / f"{name}.json" for name in TASKS}
     return {

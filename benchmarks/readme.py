@@ -1,4 +1,4 @@
-"""Writes the tables and figures of README.md from the package and from results.
+"""Writes the tables of README.md and benchmarks/README.md from package and results.
 
 python benchmarks/readme.py           # rewrites the marked blocks
 python benchmarks/readme.py --check   # fails if that would change anything
@@ -6,13 +6,10 @@ python benchmarks/readme.py --check   # fails if that would change anything
 
 import argparse
 import inspect
-import json
 import re
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -20,18 +17,19 @@ import optaxplus as ox
 
 # A script's own folder, also where the tests load it by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import curvature_cost
+import checkpoint_table
+import convergence_report
+import guide
+import measured
 import memory_table
-import pod_tables
-import storage_time
-import train_gpt_storage
+from measured import markdown_table, read
 from methods import FROM_OPTAX, METHODS, WRAPPERS, Method
-from routing import OURS, details, misses, summary
-from train_gpt_seeds import table
+from routing import summary
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 MATRIX = {"dense": {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}}
+# Rows of the memory table on the first page; all are in benchmarks/README.md.
+SHORT = ("adamw", "muon")
 
 
 # Transformations of a loss, not of gradients.
@@ -92,7 +90,7 @@ def _names(wanted: Callable[[str], bool]) -> str:
 
 def main_job() -> str:
     """What the example prints at the end, from its committed results."""
-    results = json.loads((RESULTS / "train_gpt.json").read_text("utf-8"))
+    results = read("train_gpt")
     runs = results["runs"]
     lines = [
         "| optimizer | learning rate | final validation loss | "
@@ -110,332 +108,84 @@ def main_job() -> str:
     arguments = results["arguments"]
     lines += [
         "",
-        f"Validation loss in nats per byte on {results['device']}, seed "
-        f"{results['seed']}, width {arguments['width']}; both optimizers at the "
-        "learning rate that a sweep of equally many trials found best "
-        "(`benchmarks/results/train_gpt_learning_rates.json`).",
+        "A GPT on the Python standard library's source: validation loss in nats per "
+        f"byte on {results['device']}, seed {results['seed']}, width "
+        f"{arguments['width']}, each optimizer at the learning rate that a sweep of "
+        "equally many trials found best. In the figure the same with three other "
+        "seeds: median and range.",
     ]
     return "\n".join(lines)
 
 
-def finetune() -> str:
-    """What the fine-tuning example prints at the end, from its committed results."""
-    results = json.loads((RESULTS / "finetune_lora.json").read_text("utf-8"))
-    lines = [
-        "| method | trained parameters | bytes of state | loss on the manual, before "
-        "and after | on the source | seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, run in results["runs"].items():
-        new, old = (
-            f"{curve[0][1]:.3f}, {curve[-1][1]:.3f}"
-            for curve in (run["validation"], run["other_validation"])
-        )
-        lines.append(
-            f"| {name} | {run['trained_parameters']:,} | {run['state_bytes']:,} | "
-            f"{new} | {old} | {run['seconds']:.0f} |"
-        )
-    steps = results["arguments"]["steps"]
-    lines += [
-        "",
-        f"Nats per byte on {results['device']}, seed {results['seed']}, {steps} steps, "
-        f"rank {results['rank']}. Muon on B saves memory here, not loss.",
-    ]
-    return "\n".join(lines)
-
-
-def update_time() -> str:
-    """One update beside optax and PyTorch, from its committed results."""
-    results = json.loads((RESULTS / "update_time.json").read_text("utf-8"))
-    lines = [
-        "| optimizer | ms | of optax's time | of PyTorch's best | "
-        "temporaries, bytes per parameter (optax) |",
-        "|---|---|---|---|---|",
-    ]
-    for row in results["rows"]:
-        peers = row["candidates"]
-        if "optax" not in peers:
-            continue
-        best_of_torch = row.get("ratio_to_best_torch")
-        ours, theirs = (
-            peers[name]["temporary_bytes_per_param"] for name in ("optaxplus", "optax")
-        )
-        lines.append(
-            f"| {row['name']} | {peers['optaxplus']['milliseconds'][1]:.0f} | "
-            f"{row['ratio_to_optax'][1]:.2f} | "
-            f"{'-' if best_of_torch is None else f'{best_of_torch[1]:.2f}'} | "
-            f"{ours:.2f} ({theirs:.2f}) |"
-        )
-    versions = results["versions"]
-    lines += [
-        "",
-        f"{results['num_params'] / 1e6:.0f}M float32 parameters of a transformer on "
-        f"{results['threads']} threads of {results['processor']}, parameters and state "
-        f"donated; medians of {results['arguments']['rounds']} interleaved rounds. "
-        f"jax {versions['jax']}, optax {versions['optax']}, PyTorch "
-        f"{versions['torch']}, whose best is `fused` where it exists: XLA reads "
-        "moments twice, once to update them and once to use them. "
-        "`python benchmarks/update_time.py` measures it.",
-    ]
-    return "\n".join(lines)
-
-
-def muon_time() -> str:
-    """An update of Muon beside optax and PyTorch, with the error it buys."""
-    results = json.loads((RESULTS / "muon_time.json").read_text("utf-8"))
-    lines = [
-        "| update | width | ms | of optax's time | of PyTorch's | error, d x d | "
-        "error, d x 4d |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for model in results["models"]:
-        found = model["candidates"]
-        ratios = {
-            (row["ours"], row["peer"]): f"{row['ratio'][1]:.2f}"
-            for row in model["ratios"]
-        }
-        for name, entry in found.items():
-            to_optax, to_torch = (
-                ratios.get((name, peer), "-")
-                for peer in ("optax.contrib.muon", "torch.optim.Muon")
-            )
-            errors = entry["polar_error"]
-            lines.append(
-                f"| `{name}` | {model['width']} | {entry['milliseconds'][1]:.0f} | "
-                f"{to_optax} | {to_torch} | {errors['query']:.2f} | "
-                f"{errors['up']:.2f} |"
-            )
-    versions = results["versions"]
-    layers = " and ".join(str(model["layers"]) for model in results["models"])
-    lines += [
-        "",
-        f"All hidden matrices of {layers} transformer layers on {results['threads']} "
-        f"threads of {results['processor']} (bfloat16 matrix units); error: relative "
-        "distance of the direction to the exact polar factor. Medians of "
-        f"{results['rounds']} interleaved rounds; jax {versions['jax']}, optax "
-        f"{versions['optax']} (which computes in float32), PyTorch "
-        f"{versions['torch']}. `python benchmarks/muon_time.py` measures it.",
-        "",
-        _muon_compile_time(),
-    ]
-    return "\n".join(lines)
-
-
-def _muon_compile_time() -> str:
-    results = json.loads((RESULTS / "muon_compile_time.json").read_text("utf-8"))
-    rounds = results["found"]["ox.muon"]
-    ours, theirs = (
-        statistics.median(r["lower_seconds"] + r["compile_seconds"] for r in found)
-        for found in results["found"].values()
-    )
-    return (
-        f"The compiler for {results['device']} takes {ours:.0f} s for the update of "
-        f"{results['layers']} unstacked layers of width {results['width']}, "
-        f"{results['ratio']:.2f} of the {theirs:.0f} s that it takes for optax's: one "
-        "loop for each of two shapes, not one per matrix. Median of "
-        f"{len(rounds)} rounds; `python benchmarks/muon_compile_time.py`."
-    )
-
-
-def orthogonality() -> str:
-    """What the usual settings of Newton-Schulz reach, from the committed results."""
-    results = json.loads((RESULTS / "orthogonality.json").read_text("utf-8"))
-    sets = ["momenta, step 30", "momenta, step 1200", "random", "condition 1000"]
-    lines = [
-        f"| setting | work, d x d | work, d x 4d | {' | '.join(sets)} |",
-        "|---" * (3 + len(sets)) + "|",
-    ]
-    for label, coefficients, steps, norm in (
-        ("the default", "gram_newton_schulz", 5, "schatten"),
-        ("`ns_steps=4`", "gram_newton_schulz", 4, "schatten"),
-        ('`normalization="frobenius"`', "gram_newton_schulz", 5, "frobenius"),
-        ('`ns_coeffs="polar_express"`', "polar_express", 5, "schatten"),
-        ('`ns_coeffs="you"`', "you", 5, "schatten"),
-        ('`ns_coeffs="turbo", ns_steps=4, normalization="aol"`', "turbo", 4, "aol"),
-        ("most implementations: `jordan`, `frobenius`", "jordan", 5, "frobenius"),
-    ):
-        rows = [
-            row
-            for row in results["rows"]
-            if (row["ns_coeffs"], row["ns_steps"], row["normalization"])
-            == (coefficients, steps, norm)
-            and row["compute_dtype"] == "bfloat16"
-            and (row["method"] == "standard" or coefficients != "jordan")
-        ]
-        # The form that method="auto" chooses; other implementations have the standard.
-        square, long = (
-            min((row for row in rows if row["shape"] == shape), key=lambda r: r["work"])
-            for shape in ("square", "long")
-        )
-        errors = " | ".join(f"{square['errors'][name]:.3f}" for name in sets)
-        lines.append(f"| {label} | {square['work']:g} | {long['work']:g} | {errors} |")
-    lines += [
-        "",
-        "Work in products of the square with the matrix; relative error of square "
-        "matrices in bfloat16, root mean square: what Muon orthogonalizes in the main "
-        "job, random matrices, and singular values equally spaced in the logarithm. "
-        "`python benchmarks/orthogonality.py` measures all tables, forms, dtypes and "
-        f"condition numbers up to 1e6 (seed {results['seed']}):",
-        "",
-        "![error against work and condition number]"
-        "(benchmarks/results/orthogonality.png)",
-    ]
-    return "\n".join(lines)
-
-
-def seeds() -> str:
-    """The family of Muon beside AdamW with other seeds, from the committed results."""
-    runs = json.loads((RESULTS / "train_gpt_seeds.json").read_text("utf-8"))["trials"]
-    header, *lines = table(runs)
-    count = len({run["seed"] for run in runs})
-    return "\n".join(
-        [
-            *_markdown([header, *lines]),
-            "",
-            f"The main job with {count} other seeds, each optimizer at the best of "
-            "four learning rates or more: median (smallest to largest) of the last "
-            f"validation loss, and of the step, of {runs[0]['steps']}, at which a run "
-            "is first as good as AdamW ever was with its seed. "
-            "`python benchmarks/train_gpt_seeds.py` trains them.",
-        ]
-    )
-
-
-def storage() -> str:
-    """Fewer bits beside float32: losses, bytes and time, from the committed results."""
-    trained = json.loads((RESULTS / "train_gpt_storage.json").read_text("utf-8"))
-    runs = trained["trials"]
-    timed = json.loads((RESULTS / "storage_time.json").read_text("utf-8"))
-    return "\n".join(
-        [
-            *_markdown(train_gpt_storage.table(runs)),
-            "",
-            f"The main job, {runs[0]['steps']} steps, seeds {_seeds(runs)}: last "
-            "validation loss, median (smallest to largest) over the seeds, and its "
-            "change from the float32 run with the same seed; parameters of every run "
-            "are computed with in float32. The spread of float32 is that of seeds. "
-            "Lion has the hidden matrices, AdamW the rest. `python "
-            "benchmarks/train_gpt_storage.py` trains them.",
-            "",
-            *_markdown(storage_time.table(timed["rows"])),
-            "",
-            "One step on a CPU beside the same optimizer without: of float32 for state "
-            "in 8 bits, of bfloat16 weights that do not learn for the others; medians "
-            f"(quartiles) of {timed['arguments']['rounds']} interleaved rounds on "
-            f"{timed['threads']} threads of {timed['processor']}, bytes a parameter. "
-            "`python benchmarks/storage_time.py` measures it.",
-        ]
-    )
-
-
-def _seeds(runs: Sequence[dict[str, Any]]) -> str:
-    return ", ".join(map(str, sorted({run["seed"] for run in runs})))
+def which_optimizer() -> str:
+    """Which optimizer for what, with what was measured of it."""
+    return guide.markdown(convergence_report.load(), read("train_gpt_seeds")["trials"])
 
 
 def routing() -> str:
-    """What Muon gets of five models, from optax and from here, from its results."""
-    results = json.loads((RESULTS / "routing.json").read_text("utf-8"))
-    lines = [
-        "What `optax.contrib.muon` and `ox.muon` make of five Flax models, both with "
-        "their defaults. All hidden weight matrices should reach Muon, every layer and "
-        "expert as a matrix of its own, and nothing else:",
-        "",
-        *_markdown(summary(results)),
-        "",
-        "By kinds, with the matrices that are orthogonalized; bold is what goes to the "
-        "wrong optimizer, or to Muon as the wrong matrix:",
-        "",
-        *_markdown(details(results)),
-        "",
-        "`optax.contrib.muon` takes what has two axes: also the norms of a stack, as "
-        "one matrix of layers, and the biases of heads, as one of heads. With "
-        "`muon_weight_dimension_numbers` it does as it is told, for every parameter by "
-        "hand.",
-    ]
-    ours = misses(results, OURS)
-    if ours:
-        lines[-1] += (
-            f" What `ox.muon` gets wrong here is {', '.join(ours)}, until a rule of "
-            "your own says what it is."
-        )
-    versions = results["versions"]
-    lines[-1] += (
-        f" optax {versions['optax']}, flax {versions['flax']}; read from the states of "
-        "the optimizers by `python benchmarks/routing.py`."
-    )
-    return "\n".join(lines)
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table whose first row is its header."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
-
-
-def pod_cost() -> str:
-    """What an update of Muon costs on a pod."""
-    results = json.loads((RESULTS / "pod_cost.json").read_text("utf-8"))
-    return pod_tables.muon_table(results)
-
-
-def curvature() -> str:
-    """What Shampoo, SOAP and others cost beside AdamW and Muon."""
-    results = json.loads((RESULTS / "curvature_cost.json").read_text("utf-8"))
-    on_pods = json.loads((RESULTS / "pod_cost.json").read_text("utf-8"))
-    return "\n\n".join(
-        [curvature_cost.markdown(results), pod_tables.factors_table(on_pods)]
+    """What Muon gets of five models, from optax and from here."""
+    return "\n".join(
+        [
+            "What `optax.contrib.muon` and `ox.muon` make of five Flax models, both "
+            "with their defaults. All hidden weight matrices should reach Muon, every "
+            "layer and expert as a matrix of its own, and nothing else:",
+            "",
+            *markdown_table(summary(read("routing"))),
+        ]
     )
 
 
 def memory() -> str:
-    """What a model of 70 billion parameters takes with each optimizer."""
-    results = json.loads((RESULTS / "memory_table.json").read_text("utf-8"))
-    return memory_table.markdown(results)
+    """Some ways to keep a model of 70 billion parameters."""
+    document = read("memory_table")
+    header, *rows = memory_table.table(document)
+    return "\n".join(
+        [
+            *markdown_table([header, *(row for row in rows if row[0] in SHORT)]),
+            "",
+            f"Llama 2 70B, {document['rows'][0]['num_params']:,} parameters, GB of 1e9 "
+            "bytes before activations, from the real states of the optimizers.",
+        ]
+    )
 
 
-BLOCKS = {
-    "methods": methods_table,
-    "main job": main_job,
-    "finetune": finetune,
-    "routing": routing,
-    "muon time": muon_time,
-    "curvature": curvature,
-    "pod cost": pod_cost,
-    "orthogonality": orthogonality,
-    "seeds": seeds,
-    "storage": storage,
-    "memory": memory,
-    "update time": update_time,
+PAGES: dict[str, Mapping[str, Callable[[], str]]] = {
+    "README.md": {
+        "main job": main_job,
+        "guide": which_optimizer,
+        "routing": routing,
+        "memory": memory,
+        "checkpoints": checkpoint_table.markdown,
+        "methods": methods_table,
+    },
+    "benchmarks/README.md": measured.BLOCKS,
 }
 
 
-def render(readme: str) -> str:
-    """The README with every marked block written anew."""
-    for name, write in BLOCKS.items():
+def render(page: str, text: str) -> str:
+    """A page with every marked block written anew."""
+    for name, write in PAGES[page].items():
         begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        if len(pattern.findall(readme)) != 1:
-            raise ValueError(f"README.md: the block {name!r} must occur exactly once")
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"{page}: the block {name!r} must occur exactly once")
         block = f"{begin}\n{write()}\n{end}"
-        readme = pattern.sub(lambda _, block=block: block, readme)
-    return readme
+        text = pattern.sub(lambda _, block=block: block, text)
+    return text
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    readme = path.read_text("utf-8")
-    rendered = render(readme)
-    if options.check:
-        sys.exit(
-            f"{path.name} is stale: run {Path(__file__).name}"
-            if rendered != readme
-            else 0
-        )
-    path.write_text(rendered, "utf-8")
+    for page in PAGES:
+        text = (ROOT / page).read_text("utf-8")
+        rendered = render(page, text)
+        if not options.check:
+            (ROOT / page).write_text(rendered, "utf-8")
+        elif rendered != text:
+            sys.exit(f"{page} is stale: run {Path(__file__).name}")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,13 @@ as good as AdamW with the same seed ever was.
 
     python benchmarks/train_gpt_seeds.py
     python benchmarks/train_gpt_seeds.py --optimizers adamw muon --seeds 1 2
+    python benchmarks/train_gpt_seeds.py --optimizers muon normuon soap --steps 600
+
+The last one asks whether a schedule of half the length, tuned by itself, is enough.
 
 Each run is written to `--out` when it ends, and runs that are there are skipped: the
-script can be stopped and started again at any time.
+script can be stopped and started again at any time. A figure of the losses is drawn
+beside it.
 """
 
 from __future__ import annotations
@@ -29,8 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import train_gpt_learning_rates as sweep
 from train_gpt_learning_rates import train_gpt
 
+from optaxplus.report.plots import loss_curves
+
 RESULTS = Path(__file__).parent / "results" / "train_gpt_seeds.json"
 BASELINE = "adamw"
+STEPS = train_gpt.STEPS
 # Tuned under another name, with arguments added: label -> (optimizer, arguments).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "muon, standard form": ("muon", {"method": "standard"}),
@@ -40,6 +47,8 @@ DEFAULT = (
     *("adamw", "muon", "normuon", "adamuon", "scion", *VARIANTS),
     *("soap", "shampoo", "kron", "apollo", "sophia"),
 )
+# Those of the figure; more curves would not be readable.
+DRAWN = (BASELINE, "muon", "normuon", "soap")
 
 
 def best_trials(path: Path, steps: int) -> dict[str, dict[str, Any]]:
@@ -137,6 +146,56 @@ def table(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def short_runs(runs: Sequence[dict[str, Any]], full: int = STEPS) -> list[list[str]]:
+    """Runs over fewer than the `full` steps beside AdamW's over all, as text."""
+    goals = {
+        run["seed"]: min(loss for _, loss in run["validation"])
+        for run in runs
+        if run["optimizer"] == BASELINE and run["steps"] == full
+    }
+    rows = [["optimizer", "steps", "learning rate", "validation loss"]]
+    rows[0].append("of AdamW's best, same seed")
+    for steps in sorted({run["steps"] for run in runs} - {full}):
+        short = [run for run in runs if run["steps"] == steps]
+        for line in summary(short):
+            higher = [
+                100 * (run["validation"][-1][1] / goals[run["seed"]] - 1)
+                for run in short
+                if run["optimizer"] == line["optimizer"]
+                and run["learning_rate"] == line["learning_rate"]
+            ]
+            low, middle, high = line["loss"]
+            rows.append(
+                [
+                    line["optimizer"],
+                    f"{steps} of {full}",
+                    f"{line['learning_rate']:g}",
+                    f"{middle:.3f} ({low:.3f} to {high:.3f})",
+                    f"{np.median(higher):+.1f} % "
+                    f"({min(higher):+.1f} to {max(higher):+.1f})",
+                ]
+            )
+    return rows
+
+
+def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws the validation losses of `DRAWN` over all steps, with their spread."""
+    full = [run for run in runs if run["steps"] == STEPS]
+    settled = {run["optimizer"]: settings(run) for run in full}
+    curves: dict[str, list[Any]] = {name: [] for name in DRAWN if name in settled}
+    for run in full:
+        if run["optimizer"] in curves and settings(run) == settled[run["optimizer"]]:
+            curves[run["optimizer"]].append(run["validation"])
+    validations = {name: np.array(found) for name, found in curves.items()}
+    loss_curves(
+        {name: found[..., 1] for name, found in validations.items()},
+        {name: found[0, :, 0] for name, found in validations.items()},
+        crop_start=0.15,
+        ylabel="validation loss, nats per byte",
+        path=path,
+    )
+
+
 def _steps(low: float, middle: float, high: float) -> str:
     texts = ["never" if value == np.inf else f"{value:.0f}" for value in (low, high)]
     return f"{'never' if middle == np.inf else f'{middle:.0f}'} ({' to '.join(texts)})"
@@ -155,7 +214,7 @@ def main() -> int:
         f"{', '.join(map(repr, VARIANTS))} (default: {', '.join(DEFAULT)})",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=train_gpt.STEPS)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--sweep", type=Path, default=sweep.RESULTS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -190,6 +249,7 @@ def main() -> int:
     for line in lines:
         printed.add_row(*line)
     console.print(printed)
+    draw(runs, options.out.with_suffix(".png"))
     return 0
 
 

@@ -1,8 +1,13 @@
 """Optimizers for JAX beyond optax: from SGD to Muon, routed by what a parameter is.
 
-Everything that transforms gradients is a plain `optax.GradientTransformation`. The
-text that signatures share (learning rates, axes, masks, dtypes) is in
-`optaxplus.custom_types`.
+Everything that transforms gradients is a plain `optax.GradientTransformation`. Named
+optimizers (`adam`, `muon`, …) are chains of links (`scale_by_adam`, `descend`, …),
+which their docstrings name.
+
+The formulas of a link, its sources and where it differs from optax stand at the top of
+its module: `help(ox.scale_by_adam.__module__)`. The text that signatures share
+(learning rates, axes, masks, dtypes, what "Static" means) is in
+`help("optaxplus.custom_types")`.
 """
 
 from optaxplus import numerics, partition

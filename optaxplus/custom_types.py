@@ -1,11 +1,19 @@
 """Aliases that recur in signatures, with the text that explains them.
 
-learning_rate
-    A float, a scalar array (traced or not), or a schedule: a function from the
-    number of finished updates (0 before the first) to a scalar. Steps are taken
-    against the update, so it is positive.
+learning_rate (`ScalarOrSchedule`)
+    A finite number >= 0, a scalar array (traced or not), or a schedule: a function
+    from the number of finished updates (0 before the first) to a scalar. Steps are
+    taken against the update, so it has no minus sign.
 other numbers (`Scalar`)
-    A Python number, or a scalar array, traced or not.
+    A Python or NumPy number, or a JAX array of shape (), traced or not. Ranges are
+    checked for the former; of an array only the shape is, as its value may not be known
+    yet.
+Static
+    What shapes the compiled program: a Python value and never a JAX array.
+    `optax.inject_hyperparams` makes arrays of numbers, and schedules of functions,
+    unless they are named in its `static_args`; texts, bools and None it leaves alone.
+    "Static if 0" (or None): as an array the value works too, but the program that would
+    do without, such as that which needs no params, is not chosen.
 axes (`Axes`)
     How each parameter is a batch of matrices or vectors, for statistics that belong
     to one matrix. One `MatrixAxes` for every parameter, a pytree of them (a prefix
@@ -32,7 +40,19 @@ mu_dtype, nu_dtype (`DTypeName`)
     The floating-point dtype in which first and second moments are stored; the
     arithmetic is float32 whatever it is. "float32", the default whatever the
     parameters' dtype, stands for the width of the arithmetic: float64 for float64
-    parameters, complex64 for complex64 ones.
+    parameters, complex64 for complex64 ones. First moments of complex parameters have
+    no other.
+
+What docstrings say of results:
+
+emits float32
+    Updates are float32 for gradients in float32 and narrower dtypes; float64, complex64
+    and complex128 gradients give updates of their own dtype.
+like the parameters (attributes of states)
+    The parameters' tree, every leaf in the shape and sharding of its parameter. "real":
+    real for complex parameters, too.
+State: n bytes per parameter
+    With the default dtypes and parameters in float32 or less. Counters are left out.
 """
 
 from collections.abc import Callable

@@ -142,6 +142,31 @@ def test_seeds_are_compared_with_adamw_of_their_own():
     assert train_gpt_seeds.table(runs)[2][-1] == "never (10 to never)"
 
 
+def test_short_runs_are_compared_with_all_steps_of_adamw():
+    def run(optimizer: str, seed: int, steps: int, last: float):
+        return {
+            "optimizer": optimizer,
+            "seed": seed,
+            "steps": steps,
+            "learning_rate": 1.0,
+            "arguments": {},
+            "validation": [[0, 9.0], [steps, last]],
+        }
+
+    runs = [
+        run("adamw", 1, 20, 2.0),
+        run("adamw", 2, 20, 4.0),
+        run("muon", 1, 20, 1.0),
+        run("muon", 1, 10, 2.1),
+        run("muon", 2, 10, 3.0),
+    ]
+    header, line = train_gpt_seeds.short_runs(runs, full=20)
+    assert len(header) == len(line)
+    assert line[:2] == ["muon", "10 of 20"]
+    # 2.1 of 2.0, and 3.0 of 4.0: neither AdamW's short runs nor Muon's long ones.
+    assert line[-1] == "-10.0 % (-25.0 to +5.0)"
+
+
 @pytest.mark.tpu
 def test_muon_compile_time_does_not_grow_with_depth(tmp_path):
     products = []

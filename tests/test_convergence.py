@@ -11,7 +11,13 @@ import pytest
 from flax import linen as nn
 from rich.console import Console
 
-from benchmarks import convergence, convergence_report, convergence_tasks
+from benchmarks import (
+    convergence,
+    convergence_report,
+    convergence_tasks,
+    guide,
+    train_gpt_seeds,
+)
 from benchmarks.convergence import FIRST_EXPONENTS, TRIALS, Results, Run, Trainer
 from benchmarks.convergence_optimizers import OPTIMIZERS
 
@@ -204,11 +210,12 @@ def document() -> dict:
             "learning_rate": convergence.rate_of(name, exponent),
             "validation": [[10 * i, loss] for i, loss in enumerate(losses)],
             "state_bytes_per_param": 8.0,
+            "device": "a CPU",
         }
 
     times = {"adamw": [1, 1, 1], "muon": [1.4, 1.5, 1.6]}
     return {
-        "job": {"title": "signs", "steps": 20},
+        "job": {"title": "signs", "steps": 20, "batch": 16},
         "times": {"optimizers": {k: {"ratio_to_adamw": v} for k, v in times.items()}},
         "runs": [
             *(run("adamw", k, 0, 3.0, 2.0, 1.0 + abs(k) / 4) for k in (-2, 0, 2)),
@@ -248,3 +255,40 @@ def test_figures_and_tables_are_written(tmp_path, capsys) -> None:
     assert "muon" in capsys.readouterr().out
     for name in ("losses.png", "learning_rates.png"):
         assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_the_table_of_a_page_has_all_rows() -> None:
+    text = convergence_report.markdown({"signs": document()})
+    assert "signs, 20 steps in batches of 16:" in text
+    found = [line for line in text.splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in found[2:]] == [
+        "| muon",
+        "| adamw",
+        "| lion",
+    ]
+    assert len({line.count("|") for line in found}) == 1
+
+
+def test_the_guide_has_shares_of_the_steps_of_adamw() -> None:
+    job = [
+        {
+            "optimizer": name,
+            "learning_rate": 1.0,
+            "arguments": {},
+            "steps": train_gpt_seeds.STEPS,
+            "seed": 1,
+            "validation": [[0, 3.0], [train_gpt_seeds.STEPS // 4, middle], [1200, 1.0]],
+        }
+        for name, middle in {"adamw": 2.0, "muon": 1.0, "soap": 2.0}.items()
+    ]
+    text = guide.markdown({"signs": document()}, job)
+    assert f"| {guide.MAIN_JOB} | signs |" in text
+    # NorMuon was not trained; Lion never gets there, and was not in the main job.
+    assert "| `muon`, `normuon` | 25 %, - | 100 %, - |" in text
+    assert "| `lion`, `adam_mini` | -, - | never, - |" in text
+    assert "| 25 % | 100 % |" in guide.claims({"signs": document()}, job)
+
+
+def test_advice_is_of_optimizers_that_were_tuned() -> None:
+    names = {name for choice in guide.CHOICES for name in choice.names}
+    assert names | {claim.name for claim in guide.CLAIMS} <= OPTIMIZERS.keys()

@@ -1,6 +1,7 @@
 """What is public, how it is documented, and who imports whom."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import json
@@ -56,6 +57,13 @@ FACTORIES = {
     for name, value in FUNCTIONS.items()
     if value.__module__.split(".")[1] in ("transforms", "optimizers")
 } | {"with_metrics": ox.with_metrics}
+
+CLASSES = {
+    name: value
+    for module in (ox, ox.numerics)
+    for name, value in public(module).items()
+    if inspect.isclass(value)
+}
 
 each_function = pytest.mark.parametrize("name", sorted(FUNCTIONS))
 each_factory = pytest.mark.parametrize("name", sorted(FACTORIES))
@@ -139,7 +147,7 @@ def test_every_factory_has_a_row_in_the_table() -> None:
     assert {case.name.split("-")[0] for case in CASES} == FACTORIES.keys() - NOT_RULES
 
 
-# Signatures
+# Docstrings
 
 
 @each_function
@@ -148,13 +156,35 @@ def test_docstring(name: str) -> None:
     parameters = inspect.signature(FUNCTIONS[name]).parameters
     assert doc, name
     assert doc.split("\n")[0].endswith((".", "…")), doc.split("\n")[0]
-    if "Arguments and errors as in" in doc:
-        return
     assert "Returns:" in doc
-    if parameters:
+    assert "Example:" in doc
+    if parameters and "Arguments and errors as in" not in doc:
         described = doc.partition("Args:\n")[2]
         for parameter in parameters:
             assert re.search(rf"^  \*{{0,2}}{parameter}:", described, re.M), parameter
+
+
+# Ideas of nobody in particular.
+WITHOUT_SOURCE = {"accumulate", "chain_in_float32", "decay_mask", "with_metrics"}
+
+
+@each_factory
+def test_docstring_names_sources_and_links(name: str) -> None:
+    doc = inspect.getdoc(FACTORIES[name]) or ""
+    assert ("References:" in doc) == (name not in WITHOUT_SOURCE)
+    for link in links_of(name):
+        assert re.search(rf"\b{link}\b", doc), link
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_docstring_names_attributes(name: str) -> None:
+    described = (inspect.getdoc(CLASSES[name]) or "").partition("Attributes:\n")[2]
+    fields = getattr(CLASSES[name], "_fields", None)
+    for field in fields or [f.name for f in dataclasses.fields(CLASSES[name])]:
+        assert re.search(rf"^  {field}: .", described, re.M), field
+
+
+# Signatures
 
 
 @each_factory

@@ -29,8 +29,25 @@ def script():
     return module
 
 
-def test_tables_are_those_of_the_script(script):
-    assert script.render(README) == README
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+def test_tables_are_those_of_the_script(script, page):
+    text = (ROOT / page).read_text("utf-8")
+    assert script.render(page, text) == text
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text("utf-8")
+    anchors = {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if path:
+            assert (ROOT / page).parent.joinpath(path).exists(), target
+        else:
+            assert anchor in anchors, target
 
 
 def test_every_optimizer_has_a_row(script):

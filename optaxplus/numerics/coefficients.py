@@ -43,10 +43,10 @@ __all__ = ["COEFFICIENT_TABLES", "CoefficientTable", "resolve_coefficients"]
 
 
 class CoefficientTable(NamedTuple):
-    """One table.
+    """One table of the coefficients of the Newton-Schulz iteration.
 
     Attributes:
-      rows: The steps in order.
+      rows: The steps in order, (a, b, c) each.
       source: Where the numbers come from.
       extend: Number of steps -> rows, for other numbers of steps than `rows` has; None
         if the source knows no other.
@@ -213,6 +213,7 @@ COEFFICIENT_TABLES: dict[str, CoefficientTable] = {
         source="DeepSeek-V4's schedule as listed in NVIDIA's Emerging-Optimizers",
     ),
 }
+"""Name -> table, for the argument `ns_coeffs`."""
 
 
 def resolve_coefficients(

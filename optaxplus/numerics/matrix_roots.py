@@ -120,6 +120,10 @@ def inverse_root(
       >>> print(inverse_root(jnp.diag(jnp.array([16.0, 81.0])), 4, eps=0.0).round(3))
       [[0.5   0.   ]
        [0.    0.333]]
+
+    References:
+      Guo and Higham (2006), equation 3.6 ("newton"); Anil et al., arXiv 2002.09018, on
+      the relative eps.
     """
     name = "inverse_root"
     validation.check_int(name, minimum=1, order=order)

@@ -103,6 +103,11 @@ def polar_factor(
       >>> print(polar.round(2))
       [[1. 0. 0.]
        [0. 1. 0.]]
+
+    References:
+      Keller Jordan et al., Muon (2024); Dao-AILab/gram-newton-schulz (2026) for "gram";
+      Boissin et al., arXiv 2512.04632, for "aol". `optaxplus.numerics.newton_schulz`
+      has the formulas.
     """
     iteration = newton_schulz(
         "polar_factor",

@@ -64,6 +64,9 @@ def polar_express_coefficients(
       ...     print(" ".join(f"{value:.4f}" for value in row))
       5.4938 -13.0829 8.8159
       2.1442 -1.5246 0.4034
+
+    References:
+      Amsel, Persson, Musco and Gower, arXiv 2505.16932, algorithm 1 and section 4.
     """
     name = "polar_express_coefficients"
     validation.check_int(name, minimum=1, ns_steps=ns_steps)

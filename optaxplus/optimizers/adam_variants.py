@@ -40,6 +40,8 @@ def stable_adamw(
     The step of a matrix or vector shrinks, weight decay included, where its gradient
     outgrew its second moment. State: 8 bytes per parameter.
 
+    Links: `scale_by_stable_adam`, which decays too, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
       b1: Decay rate of the first moment, in [0, 1).
@@ -104,6 +106,8 @@ def adan(
 
     State: 16 bytes per parameter.
 
+    Links: `scale_by_adan`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 to 1e-2 is usual, more
         than Adam's.
@@ -138,9 +142,9 @@ def adan(
       [ 0.9 -1.9]
 
     References:
-      Xie et al., arXiv 2208.06677, as in sail-sg/Adan; the paper writes the complements
-      of the decay rates. Differs from `optax.adan` in the weight of the differences
-      (there 0.08 instead of 0.92).
+      Xie et al., arXiv 2208.06677, Algorithm 1, as in sail-sg/Adan; the paper writes
+      the complements of the decay rates. Differs from `optax.adan` in the weight of the
+      differences (there 0.08 instead of 0.92).
     """
     validation.check_learning_rate("adan", learning_rate)
     validation.check_weight_decay("adan", weight_decay)
@@ -169,6 +173,8 @@ def adopt(
     The first step only looks and moves nothing. State: 8 bytes per
     parameter.
 
+    Links: `scale_by_adopt`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
       b1: Decay rate of the first moment, in [0, 1).
@@ -192,8 +198,18 @@ def adopt(
       ValueError: If an argument is out of range, the mask does not fit, or `update` is
         called without the params that it needs.
 
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> tx = ox.adopt(0.1)
+      >>> params = jnp.array([1.0, -2.0])
+      >>> first, state = tx.update(params, tx.init(params), params)
+      >>> second, state = tx.update(params, state, params)
+      >>> print(first.any(), second)
+      False [-0.01  0.01]
+
     References:
-      Taniguchi et al., arXiv 2411.02853; torch-adopt 0.1.0 with `decouple=True`.
+      Taniguchi et al., arXiv 2411.02853v3, Algorithm 2; torch-adopt 0.1.0 with
+      `decouple=True`.
     """
     validation.check_learning_rate("adopt", learning_rate)
     validation.check_weight_decay("adopt", weight_decay)
@@ -242,6 +258,8 @@ def ademamix(
 
     For long runs; use both warm-ups, over the whole run. State: 12 bytes per parameter.
 
+    Links: `scale_by_ademamix`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
       b1: Decay rate of the fast mean, in [0, 1).
@@ -277,7 +295,8 @@ def ademamix(
       [-0.10002001  0.10002001]
 
     References:
-      Pagliardini, Ablin, Grangier, arXiv 2409.03137; defaults of apple/ml-ademamix.
+      Pagliardini, Ablin, Grangier, arXiv 2409.03137, Algorithm 1; defaults of
+      apple/ml-ademamix.
       `optax.contrib.ademamix` has alpha = 5 and no warm-up of its own.
     """
     validation.check_learning_rate("ademamix", learning_rate)

@@ -35,11 +35,14 @@ def adam(
 
     State: 8 bytes per parameter.
 
+    Links: `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
-      eps: Added to the denominator outside the square root. >= 0, not both 0.
+      eps: Added to the denominator outside the square root. >= 0; eps and eps_root
+        may not both be 0.
       eps_root: Added inside the square root. >= 0.
       nesterov: Whether to look one step ahead, as in `optax.nadam`. Static.
       mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
@@ -61,7 +64,7 @@ def adam(
       [ 0.9 -1.9]
 
     References:
-      Kingma and Ba, arXiv 1412.6980.
+      Kingma and Ba, arXiv 1412.6980, Algorithm 1.
     """
     validation.check_learning_rate("adam", learning_rate)
     return chain_in_float32(
@@ -98,11 +101,14 @@ def adamw(
     The default of optax; language models are usually trained with b2=0.95 and
     weight_decay=0.1. State: 8 bytes per parameter (12 with amsgrad).
 
+    Links: `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
-      eps: Added to the denominator outside the square root. >= 0, not both 0.
+      eps: Added to the denominator outside the square root. >= 0; eps and eps_root
+        may not both be 0.
       eps_root: Added inside the square root. >= 0.
       weight_decay: Decay per step, >= 0, or a schedule of it; relative to the learning
         rate unless `decay` is "independent". Other than 0 it makes `update` need
@@ -169,11 +175,14 @@ def amsgrad(
     Equals `torch.optim.Adam(amsgrad=True)`. `adamw(amsgrad=True)` adds weight decay.
     State: 12 bytes per parameter.
 
+    Links: `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 is usual.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
-      eps: Added to the denominator outside the square root. >= 0, not both 0.
+      eps: Added to the denominator outside the square root. >= 0; eps and eps_root
+        may not both be 0.
       eps_root: Added inside the square root. >= 0.
       mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of the second moment and its maximum. Static.
@@ -230,6 +239,8 @@ def nadam(
     Equals `torch.optim.NAdam`, with decoupled weight decay. State: 8 bytes per
     parameter.
 
+    Links: `scale_by_nadam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 2e-3 is usual.
       b1: Decay rate of the first moment, in [0, 1).
@@ -262,8 +273,8 @@ def nadam(
       [-0.10564517  0.10564517]
 
     References:
-      Dozat, Incorporating Nesterov momentum into Adam (2016). Differs from
-      `optax.nadam`, which is `adam(nesterov=True)` here.
+      Dozat, Incorporating Nesterov momentum into Adam (2016), Algorithm 8. Differs
+      from `optax.nadam`, which is `adam(nesterov=True)` here.
     """
     validation.check_learning_rate("nadam", learning_rate)
     validation.check_weight_decay("nadam", weight_decay)
@@ -300,6 +311,8 @@ def radam(
     long where gradients are large. Equals `torch.optim.RAdam`, with decoupled weight
     decay. State: 8 bytes per parameter.
 
+    Links: `scale_by_radam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 to 1e-2 is usual.
       b1: Decay rate of the first moment, in [0, 1).
@@ -333,8 +346,8 @@ def radam(
       [-0.20000003  0.40000007]
 
     References:
-      Liu et al., arXiv 1908.03265. The authors' code skips the first steps instead of
-      taking them without a denominator.
+      Liu et al., arXiv 1908.03265, Algorithm 2. The authors' code skips the first steps
+      instead of taking them without a denominator.
     """
     validation.check_learning_rate("radam", learning_rate)
     validation.check_weight_decay("radam", weight_decay)

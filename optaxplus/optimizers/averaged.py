@@ -36,6 +36,8 @@ def ranger(
 
     State: 12 bytes per parameter.
 
+    Links: `centralize`, `scale_by_radam`, `descend`, all of them in `lookahead`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 to 1e-2 is usual: Lookahead
         halves the way, and the first steps are short where gradients are.
@@ -63,6 +65,14 @@ def ranger(
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range, axes or mask do not fit, or `update`
         is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> tx = ox.ranger(1e-2)
+      >>> params = {"kernel": jnp.ones((4, 8))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> slow = optax.tree.get(state, "slow")  # For evaluation.
 
     References:
       Wright, Ranger (2019, with gradient centralization 2020),

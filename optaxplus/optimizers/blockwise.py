@@ -68,6 +68,8 @@ def adam_mini(
     `splits=(head_dim,) * heads`. What became of every parameter:
     `jax.tree.map(jnp.shape, optax.tree.get(tx.init(params), "nu"))`.
 
+    Links: `scale_by_adam_mini`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. AdamW's.
       b1: Decay rate of the first moment, in [0, 1).
@@ -93,8 +95,16 @@ def adam_mini(
       ValueError: If an argument is out of range, no rule decides a parameter, the mask
         does not fit, or `update` is called without the params that it needs.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optaxplus as ox
+      >>> query, out = jnp.ones((8, 2, 4)), jnp.ones((2, 4, 8))
+      >>> params = {"query": {"kernel": query}, "out": {"kernel": out}}
+      >>> state = ox.adam_mini(1e-3).init(params)
+      >>> jax.tree.map(jnp.shape, optax.tree.get(state, "nu"))
+      {'out': {'kernel': (1, 1, 8)}, 'query': {'kernel': (1, 2, 1)}}
+
     References:
-      Zhang et al., arXiv 2406.16793; the authors' package adam-mini 1.1.1.
+      Zhang et al., arXiv 2406.16793, Algorithm 1; the authors' package adam-mini 1.1.1.
     """
     name = "adam_mini"
     validation.check_learning_rate(name, learning_rate)

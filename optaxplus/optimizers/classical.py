@@ -32,6 +32,8 @@ def sgd(
     Weight decay is the L2 kind: it is added to the gradient and passes through the
     momentum. State: 4 bytes per parameter with momentum, none without.
 
+    Links: decay, `scale_by_momentum`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       momentum: Heavy-ball coefficient, in [0, 1). A constant gradient makes steps
@@ -39,8 +41,8 @@ def sgd(
         dampening and the state, out. Static if 0.
       nesterov: Whether to use Nesterov's step; needs momentum > 0, no dampening.
         Static.
-      dampening: Reduces the weight of the gradient in the momentum from the second
-        step on, to 1 - dampening.
+      dampening: Reduces the weight of the gradient in the momentum from the second step
+        on, to 1 - dampening. >= 0.
       weight_decay: Coefficient of the parameters added to the gradient. >= 0. Other
         than 0 it makes `update` need params. Static if 0.
       mu_dtype: Dtype of the momentum, see `optaxplus.custom_types`. Static.
@@ -93,10 +95,13 @@ def adagrad(
     `torch.optim.Adagrad`, whose `lr_decay` is the schedule `lambda step:
     learning_rate / (1 + step * lr_decay)`. State: 4 bytes per parameter.
 
+    Links: decay, `scale_by_adagrad`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-2 is usual.
       initial_accumulator: What the sum of squares starts from. >= 0.
-      eps: Added to the denominator outside the square root. >= 0, not both 0.
+      eps: Added to the denominator outside the square root. >= 0; eps and eps_root
+        may not both be 0.
       eps_root: Added inside the square root. >= 0.
       weight_decay: Coefficient of the parameters added to the gradient (the L2 kind).
         >= 0. Other than 0 it makes `update` need params. Static if 0.
@@ -155,10 +160,13 @@ def rmsprop(
     `torch.optim.RMSprop`. State: 4 bytes per parameter, 4 more with momentum, 4 more
     if centered.
 
+    Links: decay, `scale_by_rmsprop`, `scale_by_momentum`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-3 to 1e-2 is usual.
       b2: Decay rate of the averages, in [0, 1).
-      eps: Added to the denominator outside the square root. >= 0, not both 0.
+      eps: Added to the denominator outside the square root. >= 0; eps and eps_root
+        may not both be 0.
       eps_root: Added inside the square root. >= 0.
       centered: Whether the denominator is the standard deviation. Static.
       momentum: Heavy-ball coefficient of the steps, in [0, 1). Static if 0.

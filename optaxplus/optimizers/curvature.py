@@ -39,6 +39,8 @@ def sophia(
     function is called in every `update_interval`-th step, with the params that `update`
     got. State: 8 bytes per parameter.
 
+    Links: `scale_by_sophia`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. The largest step of an entry; about
         that of AdamW, or somewhat less.
@@ -98,8 +100,8 @@ def sophia(
       True
 
     References:
-      Liu et al., Sophia, arXiv 2305.14342; the defaults are those of Sophia-H.
-      `sophia(6e-4, b1=0.965, gamma=0.05, eps=1e-15, first_refresh=10)` with
+      Liu et al., Sophia, arXiv 2305.14342, Algorithm 3; the defaults are those of
+      Sophia-H. `sophia(6e-4, b1=0.965, gamma=0.05, eps=1e-15, first_refresh=10)` with
       `gauss_newton_bartlett` is the authors' code with rho=0.05.
     """
     validation.check_learning_rate("sophia", learning_rate)

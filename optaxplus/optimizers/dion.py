@@ -50,16 +50,19 @@ def dion(
     accelerators it was not measured. AdamW's learning rate does not suit
     `shape_scale="spectral"`; set `adamw_learning_rate`.
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_dion`,
+    `scale_by_matrix_shape`, `descend`; for the others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
       b1: Share of the captured part of the momentum that stays, in [0, 1).
       rank_fraction: Rank of the basis relative to the shorter side, in (0, 1]. Static.
       rank_multiple: The rank is rounded up to a multiple of it, >= 1. Static.
       power_iterations: Power iterations a step, >= 1. Static.
       eps: Added to the lengths of the basis' columns, relative to the matrix. >= 0.
-      seed: Of the first bases. Static.
+      seed: Of the first bases, >= 0. Static.
       weight_decay: Decay per step of the matrices, >= 0, or a schedule of it; relative
         to the learning rate unless `decay` is "independent". Static if 0.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
@@ -71,8 +74,8 @@ def dion(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of the momentum of matrices and of AdamW's first moment, see
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of AdamW's second moment. Static.
@@ -80,15 +83,25 @@ def dion(
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter or a label has no transformation.
+        parameter, a label has no transformation, or the mask does not fit; if `update`
+        is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((64, 16)), "bias": jnp.ones(16)}}
+      >>> tx = ox.dion(0.01, rank_fraction=0.25, adamw_learning_rate=1e-3)
+      >>> ox.memory_report(tx, params).by_label
+      {'adamw': 132, 'frozen': 0, 'muon': 4352}
 
     References:
-      Ahn et al., Dion, arXiv 2504.05295.
+      Ahn et al., Dion, arXiv 2504.05295, Algorithm 1.
     """
     name = "dion"
 

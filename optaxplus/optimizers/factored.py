@@ -39,6 +39,9 @@ def adafactor(
     larger than Adam's. The paper's own schedule is
     `learning_rate=lambda step: jnp.minimum(1e-2, (step + 1) ** -0.5)`.
 
+    Links: `factored_rms`, `scale_by_param_rms`, `descend`; with b1 the learning rate
+    and `scale_by_ema` come before the latter, which then has the decay alone.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. Relative to the RMS of the
         parameters unless `multiply_by_param_rms` is False. 1e-2 is usual.
@@ -65,12 +68,19 @@ def adafactor(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not real floating
         point.
-      ValueError: If an argument is out of range, axes do not fit, or `update` is
-        called without params.
+      ValueError: If an argument is out of range, axes or mask do not fit, or `update`
+        is called without params.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> tx = ox.adafactor(1e-2)
+      >>> params = {"kernel": jnp.ones((256, 512))}
+      >>> ox.memory_report(tx, params).state
+      3080
 
     References:
-      Shazeer and Stern, arXiv 1804.04235. Equals `optax.adafactor` but for what is
-      factored, see `optaxplus.factored_rms`, and the weight decay.
+      Shazeer and Stern, arXiv 1804.04235, Algorithm 4. Equals `optax.adafactor` but for
+      what is factored, see `optaxplus.factored_rms`, and the weight decay.
     """
     validation.check_learning_rate("adafactor", learning_rate)
     validation.check_flag("adafactor", multiply_by_param_rms=multiply_by_param_rms)
@@ -141,6 +151,8 @@ def came(
     and steps much too long, so `optax.inject_hyperparams` needs hyperparam_dtype.
     State: 4 bytes per parameter, and two rows and two columns a matrix.
 
+    Links: `factored_rms`, `scale_by_confidence`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-4 to 1e-3 is usual.
       b1: Decay rate of the average of the updates, in [0, 1).
@@ -170,8 +182,14 @@ def came(
       ValueError: If an argument is out of range, axes or mask do not fit, or `update`
         is called without the params that it needs.
 
+    Example:
+      >>> import optax, optaxplus as ox
+      >>> schedule = optax.linear_schedule(0.0, 2e-4, transition_steps=1000)
+      >>> tx = ox.came(schedule, weight_decay=0.1, mask=ox.decay_mask)
+
     References:
-      Luo et al., arXiv 2307.02047; the authors' package came-pytorch 0.1.3.
+      Luo et al., arXiv 2307.02047, Algorithm 2; the authors' package came-pytorch
+      0.1.3.
     """
     validation.check_learning_rate("came", learning_rate)
     validation.check_weight_decay("came", weight_decay)

@@ -57,13 +57,16 @@ def shampoo(
 
     Their eps is absolute, 1e-12; here it is relative to the factors.
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_shampoo`,
+    `descend`; for the others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
-      b1: Decay rate of the mean, in [0, 1).
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
+      b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the factors, in [0, 1), or 1 for sums. Static if 1.
-      b3: Decay rate of the mean square of grafting "adam", in [0, 1).
+      b3: Decay rate of the second moment of grafting "adam", in [0, 1).
       eps: Smallest eigenvalue of a factor, relative to its Frobenius norm. >= 0. Static
         for `root_method="newton"`.
       update_interval: Steps from one refresh of the roots to the next, >= 1. Static.
@@ -71,7 +74,7 @@ def shampoo(
       large_dims: What becomes of larger sides, "tiles" or "diagonal", see
         `optaxplus.scale_by_shampoo`. Static.
       grafting: Whose size a step has: "sgd", "adagrad", "adam", or None. Static.
-      grafting_eps: Added to the root of its mean square. > 0.
+      grafting_eps: Added to the root of its second moment. > 0.
       root_order: Order of the inverse roots, >= 1; None is 4. Static.
       root_method: "eigh", or "newton" for TPUs, see `optaxplus.scale_by_shampoo`.
         Static.
@@ -85,8 +88,8 @@ def shampoo(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of first moments, see `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of second moments. Static.
       placement: Which device does the work, see `optaxplus.custom_types`. Static.
@@ -94,15 +97,25 @@ def shampoo(
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter, a label has no transformation, or a side has no equal tiles.
+        parameter, a label has no transformation, the mask or specs do not fit, or a
+        side has no equal tiles; if `update` is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((64, 16)), "bias": jnp.ones(16)}}
+      >>> tx = ox.shampoo(1e-3)
+      >>> ox.memory_report(tx, params).by_label
+      {'adamw': 132, 'frozen': 0, 'muon': 43012}
 
     References:
-      Gupta et al., arXiv 1802.09568; Shi et al., arXiv 2309.06497.
+      Gupta et al., arXiv 1802.09568, Algorithm 1; Shi et al., arXiv 2309.06497.
     """
     name = "shampoo"
 
@@ -184,14 +197,17 @@ def soap(
     two axes in its rules and decay after the step. Theirs gives vectors to Adam too,
     with SOAP's b1 and b2.
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_soap`, `descend`;
+    for the others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       b3: Decay rate of the factors, in [0, 1); None is `b2`. Static if None.
-      eps: Added to the root of the mean square. > 0.
+      eps: Added to the root of the second moment. > 0.
       update_interval: Steps from one refresh of the bases to the next, >= 1. Static.
       max_dim: Largest side that has a basis, >= 1. Static.
       large_dims: What becomes of larger sides, "diagonal" or "tiles", see
@@ -206,8 +222,8 @@ def soap(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of first moments, see `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of second moments. Static.
       placement: Which device does the work, see `optaxplus.custom_types`. Static.
@@ -215,15 +231,25 @@ def soap(
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter, a label has no transformation, or a side has no equal tiles.
+        parameter, a label has no transformation, the mask or specs do not fit, or a
+        side has no equal tiles; if `update` is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((64, 16)), "bias": jnp.ones(16)}}
+      >>> tx = ox.soap(3e-3, weight_decay=0.01)
+      >>> ox.memory_report(tx, params).by_label
+      {'adamw': 132, 'frozen': 0, 'muon': 43012}
 
     References:
-      Vyas et al., SOAP, arXiv 2409.11321.
+      Vyas et al., SOAP, arXiv 2409.11321, Algorithm 3.
     """
     name = "soap"
 

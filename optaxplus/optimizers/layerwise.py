@@ -43,13 +43,16 @@ def lars(
     trust_coefficient=0.02 and eps=1e-8; where a gradient is zero nothing decays;
     its option to clip the ratio is left out.
 
+    Links: `trust_ratio`, which decays too, `descend`, `scale_by_momentum`; the last two
+    the other way round for "apex".
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1 to 10 with a warm-up is usual, up
         to 34 in the ResNet-50 recipes for batches of 32768. Parameters that are zero,
         as biases are at the start, or masked take it undiminished.
       momentum: Heavy-ball coefficient, in [0, 1).
       nesterov: Whether to use Nesterov's step. Static.
-      weight_decay: λ. >= 0.
+      weight_decay: λ, relative to the learning rate. >= 0.
       trust_coefficient: Relative length η of a step of learning rate 1. > 0.
       form: "paper", "optax", "tensorflow" or "apex". Static.
       eps: ε, added to the denominator. >= 0.
@@ -66,6 +69,14 @@ def lars(
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range, axes or mask do not fit, or `update`
         is called without params.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = jnp.array([3.0, 4.0])
+      >>> tx = ox.lars(10.0, momentum=0.0)
+      >>> updates, _ = tx.update(jnp.array([0.1, -9.0]), tx.init(params), params)
+      >>> print(jnp.linalg.norm(updates) / jnp.linalg.norm(params))
+      0.01
 
     References:
       You et al., arXiv 1708.03888, Algorithm 1; `optax.lars`; `LARSOptimizer` of
@@ -111,12 +122,15 @@ def lamb(
     `clip_norm=1.0`, `weight_decay=0.01` and no ratio where nothing decays, so the same
     `mask` and `trust_mask`.
 
+    Links: `clip_by_global_norm`, `scale_by_adam`, decay, `trust_ratio`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. Relative length of a step; 1e-3 to
         1e-2 is usual.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
-      eps: Added to the denominator outside the square root. >= 0, not both 0.
+      eps: Added to the denominator outside the square root. >= 0; eps and eps_root
+        may not both be 0.
       eps_root: Added inside the square root. >= 0.
       debias: Whether the moments are corrected for their start from zero. Static.
       clip_norm: Largest norm of the whole gradient, > 0, or None. Static if None.
@@ -137,6 +151,14 @@ def lamb(
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range, axes or masks do not fit, or `update`
         is called without params.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = jnp.array([3.0, 4.0])
+      >>> tx = ox.lamb(0.01)
+      >>> updates, _ = tx.update(jnp.array([0.1, -9.0]), tx.init(params), params)
+      >>> print(jnp.linalg.norm(updates) / jnp.linalg.norm(params))
+      0.01
 
     References:
       You et al., arXiv 1904.00962, Algorithm 2, with the bounds for φ; TensorFlow

@@ -55,13 +55,16 @@ def apollo(
     The limit on the growth of norms replaces the clipping of gradients; warm up the
     learning rate all the same.
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_apollo`, `descend`;
+    for the others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
-      b1: Decay rate of the mean of the projected gradient, in [0, 1).
-      b2: Decay rate of its mean square, in [0, 1).
-      eps: Added to the root of the mean square before its bias correction. >= 0.
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
+      b1: Decay rate of the first moment of the projected gradient, in [0, 1).
+      b2: Decay rate of its second moment, in [0, 1).
+      eps: Added to the root of the second moment before its bias correction. >= 0.
       rank: Rows of the projection, >= 1; not more than the shorter side has. Static.
       scale: The update of matrices is multiplied by its root. > 0.
       scaling: "channel", a factor for each index of the longer side, or "tensor", one
@@ -69,7 +72,7 @@ def apollo(
       update_interval: Steps between two projections, >= 1. Static.
       max_norm_growth: How many times longer than the one before it the update of a
         matrix may be, >= 1; None for no limit. Static if None.
-      seed: Of the projections. Static.
+      seed: Of the projections, >= 0. Static.
       weight_decay: Decay per step of the matrices, >= 0, or a schedule of it; relative
         to the learning rate unless `decay` is "independent". Static if 0.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
@@ -80,20 +83,23 @@ def apollo(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of all first moments, see `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of all second moments. Static.
       fallback: Replaces AdamW, see `optaxplus.muon`. Static.
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter or a label has no transformation.
+        parameter, a label has no transformation, or the mask does not fit; if `update`
+        is called without the params that it needs.
 
     Example:
       >>> import jax.numpy as jnp, optaxplus as ox
@@ -102,7 +108,8 @@ def apollo(
       524
 
     References:
-      Zhu et al., APOLLO: SGD-like memory, AdamW-level performance, arXiv 2412.05270.
+      Zhu et al., APOLLO: SGD-like memory, AdamW-level performance, arXiv 2412.05270,
+      Algorithm 1.
     """
     name = "apollo"
 

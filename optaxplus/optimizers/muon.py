@@ -82,6 +82,10 @@ def muon(
     and output heads among them. microsoft/dion divides by 1.02 times the norm, which
     no argument here does.
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_ema`,
+    `orthogonalize_via_newton_schulz`, `scale_by_matrix_shape`, `descend`; for the
+    others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
@@ -101,7 +105,7 @@ def muon(
         `orthogonalize_via_newton_schulz`. Static.
       method: "standard", "gram" or "auto", whichever multiplies less, see
         `optaxplus.numerics.polar_factor`. Static.
-      normalization: "schatten", "frobenius" or "aol", ibidem. Static.
+      normalization: "schatten", "frobenius" or "aol", see there. Static.
       compute_dtype: Dtype of the operands of the matrix products. Static.
       shape_scale: "match_adamw": 0.2·sqrt(max(fan_in, fan_out)); "keller":
         sqrt(max(1, fan_out / fan_in)); "spectral": sqrt(fan_out / fan_in). Static.
@@ -114,8 +118,8 @@ def muon(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of the momentum of matrices and of AdamW's first moment, see
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of AdamW's second moment. Static.
@@ -131,9 +135,11 @@ def muon(
       "muon", "adamw", "frozen" and those of `fallback`.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter or a label has no transformation.
+        parameter, a label has no transformation, or the mask or specs do not fit; if
+        `update` is called without the params that it needs.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox

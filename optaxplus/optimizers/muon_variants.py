@@ -59,10 +59,14 @@ def normuon(
     zichongli5/NorMuon is learning_rate=0.02, weight_decay=0, shape_scale="keller",
     ns_coeffs="jordan", normalization="frobenius".
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_ema`,
+    `orthogonalize_via_newton_schulz`, `normalize_neurons`, `scale_by_matrix_shape`,
+    `descend`; for the others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
       b1: Decay rate of the momentum of matrices, in [0, 1).
       b2: Decay rate of the mean squares of neurons, in [0, 1).
       eps: Added to the denominators of neurons. > 0.
@@ -74,8 +78,8 @@ def normuon(
       ns_steps: Newton-Schulz steps, >= 1. Static.
       ns_coeffs: Name of a coefficient table or rows (a, b, c), see
         `orthogonalize_via_newton_schulz`. Static.
-      method: "standard", "gram" or "auto", ibidem. Static.
-      normalization: "schatten", "frobenius" or "aol", ibidem. Static.
+      method: "standard", "gram" or "auto", see there. Static.
+      normalization: "schatten", "frobenius" or "aol", see there. Static.
       compute_dtype: Dtype of the operands of the matrix products. Static.
       shape_scale: "match_adamw", "keller" or "spectral", see `optaxplus.muon`. Static.
       rules: What each parameter is, see `optaxplus.muon`. Static.
@@ -84,8 +88,8 @@ def normuon(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of the momentum of matrices and of AdamW's first moment, see
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of all second moments. Static.
@@ -95,12 +99,22 @@ def normuon(
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter or a label has no transformation.
+        parameter, a label has no transformation, or the mask or specs do not fit; if
+        `update` is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((64, 16)), "bias": jnp.ones(16)}}
+      >>> tx = ox.normuon(1e-3)
+      >>> ox.memory_report(tx, params).by_label
+      {'adamw': 132, 'frozen': 0, 'muon': 4164}
 
     References:
       Li et al., NorMuon, arXiv 2510.05491.
@@ -185,10 +199,15 @@ def adamuon(
     normalization="frobenius"; the paper's later versions take the sign of the momentum
     first (use_sign=True).
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_ema`,
+    `scale_by_sign` if `use_sign`, `orthogonalize_via_newton_schulz`,
+    `scale_by_adamuon`, `scale_by_matrix_shape`, `descend`; for the others
+    `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
       b1: Decay rate of the momentum of matrices, in [0, 1).
       b2: Decay rate of the squares of the orthogonalized update, in [0, 1).
       eps: Added to the denominators of matrices. > 0.
@@ -201,8 +220,8 @@ def adamuon(
       ns_steps: Newton-Schulz steps, >= 1. Static.
       ns_coeffs: Name of a coefficient table or rows (a, b, c), see
         `orthogonalize_via_newton_schulz`. Static.
-      method: "standard", "gram" or "auto", ibidem. Static.
-      normalization: "schatten", "frobenius" or "aol", ibidem. Static.
+      method: "standard", "gram" or "auto", see there. Static.
+      normalization: "schatten", "frobenius" or "aol", see there. Static.
       compute_dtype: Dtype of the operands of the matrix products. Static.
       shape_scale: "match_adamw", "keller" or "spectral", see `optaxplus.muon`. Static.
       rules: What each parameter is, see `optaxplus.muon`. Static.
@@ -211,8 +230,8 @@ def adamuon(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of the momentum of matrices and of AdamW's first moment, see
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of all second moments. Static.
@@ -222,12 +241,22 @@ def adamuon(
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter or a label has no transformation.
+        parameter, a label has no transformation, or the mask or specs do not fit; if
+        `update` is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((64, 16)), "bias": jnp.ones(16)}}
+      >>> tx = ox.adamuon(1e-3)
+      >>> ox.memory_report(tx, params).by_label
+      {'adamw': 132, 'frozen': 0, 'muon': 8196}
 
     References:
       Si et al., AdaMuon, arXiv 2507.11005.

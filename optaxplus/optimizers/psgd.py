@@ -64,10 +64,13 @@ def kron(
 
     psgd_jax has a factor for every axis of a kernel of three or more.
 
+    Links: `clip_by_global_norm`, then for hidden matrices `scale_by_kron`, `descend`;
+    for the others `scale_by_adam`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
-        together, see `optaxplus.muon`. Static if None.
+        together, > 0, or None, see `optaxplus.muon`. Static if None.
       b1: Decay rate of the momentum, in [0, 1).
       preconditioner_learning_rate: Step of the fit, relative to the factors; in (0, 1).
       init_scale: Diagonal of the Kronecker product of the factors at first. > 0.
@@ -82,7 +85,7 @@ def kron(
         `optaxplus.scale_by_kron`. Static.
       max_update_rms: Largest root mean square of a matrix of the update, > 0, or None
         for no limit. Static if None.
-      seed: Of the random numbers of the fit. Static.
+      seed: Of the random numbers of the fit, >= 0. Static.
       weight_decay: Decay per step of the matrices, >= 0, or a schedule of it; relative
         to the learning rate unless `decay` is "independent". Static if 0.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
@@ -93,8 +96,8 @@ def kron(
       adamw_b1: Decay rate of AdamW's first moment, in [0, 1).
       adamw_b2: Decay rate of AdamW's second moment, in [0, 1).
       adamw_eps: Added to AdamW's denominator. > 0.
-      adamw_weight_decay: For the other parameters; None is `weight_decay`. Static if
-        None or 0.
+      adamw_weight_decay: For the other parameters, >= 0, or a schedule of it; None is
+        `weight_decay`. Static if None or 0.
       mu_dtype: Dtype of the momentum of matrices and of AdamW's first moment, see
         `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of AdamW's second moment. Static.
@@ -104,12 +107,22 @@ def kron(
 
     Returns:
       A transformation whose update has the dtype of the gradient and needs params
-      where something decays.
+      where something decays. Its state holds that of `optax.partition`, as that of
+      `optaxplus.muon`: hidden matrices have the label "muon" here, too.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a hidden matrix is complex.
       ValueError: If an argument is out of range; at `init`, if no rule decides a
-        parameter, a label has no transformation, or a side has no equal tiles.
+        parameter, a label has no transformation, the mask or specs do not fit, or a
+        side has no equal tiles; if `update` is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((64, 16)), "bias": jnp.ones(16)}}
+      >>> tx = ox.kron(5e-4, adamw_learning_rate=1e-3)
+      >>> ox.memory_report(tx, params).by_label
+      {'adamw': 132, 'frozen': 0, 'muon': 21512}
 
     References:
       Li, arXiv 1512.04202, arXiv 2402.11858.

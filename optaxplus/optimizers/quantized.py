@@ -39,11 +39,11 @@ def adamw8bit(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator outside the square root. > 0.
-      weight_decay: As in `optaxplus.adamw`. Static if 0.
+      weight_decay: As in `optaxplus.adamw`, >= 0. Static if 0.
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
       block_size: About how many entries share a scale. >= 8. Static.
-      min_size: Parameters with fewer entries keep float32 moments. Static.
+      min_size: Parameters with fewer entries keep float32 moments. >= 1. Static.
       code: "root" or "dynamic", see `optaxplus.quantize_state`. Static.
       keep: Roles whose moments stay in float32. Static.
       rules: Ordered rules that give the roles; put your own in front. Static.
@@ -108,11 +108,11 @@ def lion8bit(
       learning_rate: See `optaxplus.custom_types`. 1e-4 is usual.
       b1: Weight of the momentum in the signed mixture, in [0, 1).
       b2: Decay rate of the momentum, in [0, 1).
-      weight_decay: As in `optaxplus.lion`. Static if 0.
+      weight_decay: As in `optaxplus.lion`, >= 0. Static if 0.
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all.
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
       block_size: About how many entries share a scale. >= 8. Static.
-      min_size: Parameters with fewer entries keep a float32 momentum. Static.
+      min_size: Parameters with fewer entries keep a float32 momentum. >= 1. Static.
       code: "root" or "dynamic", see `optaxplus.quantize_state`. Static.
       keep: Roles whose momentum stays in float32. Static.
       rules: Ordered rules that give the roles; put your own in front. Static.

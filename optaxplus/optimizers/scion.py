@@ -92,6 +92,8 @@ def scion(
       radius; zero biases.
     - Their models have RMS norms without scales, and activations times √2.
 
+    Links: `clip_by_global_norm`, `scale_by_ema`, `scale_by_norm_lmo`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. At most 1 if constrained.
       clip_norm: Largest Euclidean norm of the gradients of all trainable parameters
@@ -110,7 +112,7 @@ def scion(
         `optaxplus.orthogonalize_via_newton_schulz`. Static.
       method: "standard", "gram" or "auto", whichever multiplies less, see
         `optaxplus.numerics.polar_factor`. Static.
-      normalization: "schatten", "frobenius" or "aol", ibidem. Static.
+      normalization: "schatten", "frobenius" or "aol", see there. Static.
       compute_dtype: Dtype of the operands of the matrix products. Static.
       rules: What each parameter is, see `optaxplus.infer_matrix_axes`; "frozen"
         parameters have no state and do not move. Static.

@@ -29,6 +29,8 @@ def signum(
 
     Lion with one decay rate for both of its averages. State: 4 bytes per parameter.
 
+    Links: `scale_by_ema`, `scale_by_sign`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-4 is usual.
       b1: Decay rate of the momentum, in [0, 1). 0 is signSGD.
@@ -84,6 +86,8 @@ def lion(
     times smaller and a weight decay 3 to 10 times larger than for AdamW. State: 4
     bytes per parameter.
 
+    Links: `scale_by_lion`, `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 1e-4 is usual.
       b1: Weight of the momentum in the signed mixture, in [0, 1).
@@ -112,7 +116,7 @@ def lion(
       [ 0.9 -1.9]
 
     References:
-      Chen et al., arXiv 2302.06675.
+      Chen et al., arXiv 2302.06675, Algorithm 2.
     """
     validation.check_learning_rate("lion", learning_rate)
     validation.check_weight_decay("lion", weight_decay)

@@ -53,6 +53,11 @@ def mars(
     State: 12 bytes per parameter (8 in the variants "lion" and "shampoo"), 8 in
     vectors.
 
+    Links of matrices: `mars_correction`; `scale_by_adam`, or `scale_by_ema` and
+    `scale_by_sign` ("lion"), or `scale_by_ema`, `orthogonalize_via_newton_schulz` and
+    `scale_by_matrix_shape` ("shampoo"); `descend`. Of vectors: `scale_by_adam`,
+    `descend`.
+
     Args:
       learning_rate: See `optaxplus.custom_types`. 3e-3 is usual for "adamw",
         1e-4 for "lion", 2e-2 for "shampoo".
@@ -70,11 +75,13 @@ def mars(
       decay: Form of the weight decay, see `optaxplus.descend`. Static.
       correct_vectors: Whether vectors are treated as matrices are (`optimize_1d` of
         the authors). Not with "shampoo". Static.
-      adamw_learning_rate: Learning rate of vectors; None is `learning_rate`.
+      adamw_learning_rate: Learning rate of vectors; None is `learning_rate`. Static if
+        None.
       adamw_b1: Decay rate of the first moment of vectors, in [0, 1).
       adamw_b2: Decay rate of the second moment of vectors, in [0, 1).
-      adamw_weight_decay: Decay of vectors; the authors' default decays them and not the
-        matrices, 0 is the usual choice elsewhere. Static if 0.
+      adamw_weight_decay: Decay of vectors, >= 0, or a schedule of it; the authors'
+        default decays them and not the matrices, 0 is the usual choice elsewhere.
+        Static if 0.
       rules: Which parameters are matrices, see `optaxplus.infer_matrix_axes`; those of
         the role "frozen" do not change. Static.
       compute_dtype: Dtype of the matrix products of "shampoo", see
@@ -89,13 +96,22 @@ def mars(
       where something decays.
 
     Raises:
-      TypeError: If an argument has a wrong type or a parameter is not floating point.
+      TypeError: If an argument has a wrong type, a parameter is not floating point, or
+        a matrix is complex under "shampoo".
       ValueError: If an argument is out of range, no rule decides a parameter, or
         `update` is called without the params that it needs.
 
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((64, 16)), "bias": jnp.ones(16)}}
+      >>> tx = ox.mars(3e-3)
+      >>> ox.memory_report(tx, params).by_label
+      {'adamw': 132, 'frozen': 0, 'mars': 12292}
+
     References:
-      Yuan et al., arXiv 2411.10438; AGI-Arena/MARS with `is_approx=True`. The clipping
-      is that of one matrix, as there; Levanter's is that of the whole tree.
+      Yuan et al., arXiv 2411.10438, equations 2.3 and 2.4; AGI-Arena/MARS with
+      `is_approx=True`. The clipping is that of one matrix, as there; Levanter's is that
+      of the whole tree.
     """
     name = "mars"
     if adamw_learning_rate is None:

@@ -15,11 +15,7 @@ from optaxplus import trees
 from optaxplus.custom_types import Axes, PyTree
 from optaxplus.numerics.matrix_axes import MatrixAxes, resolve_axes
 from optaxplus.partition.layouts import Undecided
-from optaxplus.partition.messages import (
-    Stack,
-    stack_candidates,
-    undecided_message,
-)
+from optaxplus.partition.messages import Stack, stack_candidates, undecided_message
 from optaxplus.partition.rules import (
     DEFAULT_RULES,
     LORA_RULES,
@@ -362,15 +358,14 @@ def infer_matrix_axes(params: PyTree, rules: Sequence[Rule] = DEFAULT_RULES) -> 
       replaced by their axes, as in `nnx.as_pure(state)`.
 
     Raises:
-      ValueError: If no rule decides a parameter, axes do not fit it, or a required
-        rule matches nothing.
+      TypeError: If `rules` holds anything but rules.
+      ValueError: If no rule decides a parameter, axes do not fit it, a required rule
+        matches nothing, rules of `stacked` stand behind default ones, or two parameters
+        have the same path.
 
     Example:
-      >>> import jax, optaxplus as ox
-      >>> params = {
-      ...     "kernel": jax.ShapeDtypeStruct((64, 4, 16), "float32"),
-      ...     "bias": jax.ShapeDtypeStruct((4, 16), "float32"),
-      ... }
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"kernel": jnp.ones((64, 4, 16)), "bias": jnp.ones((4, 16))}
       >>> ox.infer_matrix_axes(params)["kernel"]
       MatrixAxes(fan_in=(0,), fan_out=(1, 2), splits=())
     """
@@ -381,7 +376,15 @@ def infer_matrix_axes(params: PyTree, rules: Sequence[Rule] = DEFAULT_RULES) -> 
 def infer_roles(params: PyTree, rules: Sequence[Rule] = DEFAULT_RULES) -> PyTree:
     """Says of every parameter what it is: "hidden", "embedding", "head", "vector", ….
 
-    Arguments and errors as in `infer_matrix_axes`; returns a pytree of strings.
+    Arguments and errors as in `infer_matrix_axes`.
+
+    Returns:
+      A pytree of strings with the structure of `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> ox.infer_roles({"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}})
+      {'dense': {'bias': 'vector', 'kernel': 'hidden'}}
     """
     decisions = decide("infer_roles", params, rules)
     return trees.unflatten_like(params, [decision.role for decision in decisions])
@@ -393,11 +396,7 @@ _LABELS = {"hidden": "muon", "frozen": "frozen"} | dict.fromkeys(
 
 
 def label_of_role(role: str, labels: Mapping[str, str] | None = None) -> str:
-    """The label of a role: which group of the optimizer takes it.
-
-    "hidden" goes to "muon", "frozen" stays "frozen", the other known roles go to
-    "adamw", and a role of your own is its own label, unless `labels` says otherwise.
-    """
+    """The label of a role, with the `labels` of `label_params`."""
     return (_LABELS | dict(labels or {})).get(role, role)
 
 
@@ -424,14 +423,15 @@ def label_params(
     Args:
       params: Tree of arrays, tracers or `jax.ShapeDtypeStruct`s.
       rules: As in `infer_matrix_axes`.
-      labels: Mapping from roles to labels that replaces the defaults: "hidden" is
-        "muon", "frozen" is "frozen", the other known roles are "adamw", a role of
-        your own is its own label.
+      labels: Mapping from roles to labels, for roles that are to have others than the
+        default: "hidden" is "muon", "frozen" is "frozen", the other known roles are
+        "adamw", a role of your own is its own label.
 
     Returns:
       A pytree of strings with the structure of `params`.
 
     Raises:
+      TypeError: As in `infer_matrix_axes`.
       ValueError: As in `infer_matrix_axes`, or if no rule gives a role in `labels`.
 
     Example:
@@ -439,9 +439,8 @@ def label_params(
       >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
       >>> ox.label_params(params)
       {'dense': {'bias': 'adamw', 'kernel': 'muon'}}
-      >>> tx = optax.partition(
-      ...     {"muon": optax.sgd(0.1), "adamw": optax.adamw(1e-3)}, ox.label_params
-      ... )
+      >>> groups = {"muon": optax.sgd(0.1), "adamw": optax.adamw(1e-3)}
+      >>> tx = optax.partition(groups, ox.label_params)
     """
     check_labels("label_params", labels, rules)
     decisions = decide("label_params", params, rules)

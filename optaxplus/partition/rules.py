@@ -190,6 +190,8 @@ DEFAULT_RULES: tuple[Rule, ...] = _NamedRules(
         _default("any vector", r"", layouts.vector, "vector"),
     ),
 )
+"""What most optimizers here take for `rules`: names of Flax, NNX, Haiku, Equinox and
+plain JAX. None of them is required to match."""
 
 LORA_RULES: tuple[Rule, ...] = _NamedRules(
     "LORA_RULES",
@@ -199,6 +201,9 @@ LORA_RULES: tuple[Rule, ...] = _NamedRules(
         _default("base", names.LORA_BASE, layouts.whole, "frozen"),
     ),
 )
+"""For low-rank adapters, in the place of `DEFAULT_RULES`: factors B are "hidden",
+factors A "other", everything else is "frozen". It is an error if there are no
+factors."""
 
 
 def stacked(

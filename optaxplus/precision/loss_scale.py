@@ -29,12 +29,19 @@ _SMALLEST, _LARGEST = 2.0**-24, 2.0**64
 
 
 class LossScaleState(NamedTuple):
-    """State of `dynamic_loss_scale`."""
+    """State of `dynamic_loss_scale`.
 
-    scale: jax.Array  # shape (), float32: s
-    finite_steps: jax.Array  # shape (), int32: steps k since the scale changed
-    skipped_steps: jax.Array  # shape (), int32: steps with non-finite gradients
-    inner_state: Any  # state of the wrapped optimizer
+    Attributes:
+      scale: Loss scale s; shape (), float32.
+      finite_steps: Steps k since the scale changed; shape (), int32.
+      skipped_steps: Steps with gradients that were not finite; shape (), int32.
+      inner_state: State of the wrapped optimizer.
+    """
+
+    scale: jax.Array
+    finite_steps: jax.Array
+    skipped_steps: jax.Array
+    inner_state: Any
 
 
 def dynamic_loss_scale(
@@ -86,6 +93,9 @@ def dynamic_loss_scale(
       >>> updates, state = tx.update(jnp.array([jnp.inf, 1.0]), tx.init(params), params)
       >>> print(updates, ox.loss_scale(state), ox.skipped_steps(state))
       [0. 0.] 32768.0 1
+
+    References:
+      Micikevicius et al., arXiv 1710.03740, section 3.2; `torch.amp.GradScaler`.
     """
     name = "dynamic_loss_scale"
     validation.check_transformation(name, "inner", inner)
@@ -157,14 +167,35 @@ def loss_scale(state: PyTree) -> jax.Array:
 
     Raises:
       ValueError: If there is none in it, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> state = ox.dynamic_loss_scale(ox.sgd(1.0)).init(jnp.ones(2, jnp.float16))
+      >>> print(ox.loss_scale(state))
+      65536.0
     """
     return _the_scale("loss_scale", state).scale
 
 
 def skipped_steps(state: PyTree) -> jax.Array:
-    """How many steps were skipped because gradients were not finite, an int32 scalar.
+    """How many steps were skipped because gradients were not finite.
 
-    Arguments and errors as in `loss_scale`.
+    Args:
+      state: State with a `LossScaleState` in it, at any depth.
+
+    Returns:
+      An int32 scalar.
+
+    Raises:
+      ValueError: If there is none in it, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> tx = ox.dynamic_loss_scale(ox.sgd(1.0))
+      >>> grads = jnp.array([jnp.nan, 1.0])
+      >>> updates, state = tx.update(grads, tx.init(jnp.ones(2)))
+      >>> print(ox.skipped_steps(state))
+      1
     """
     return _the_scale("skipped_steps", state).skipped_steps
 

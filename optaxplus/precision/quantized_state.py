@@ -8,7 +8,7 @@ Codes and their sources: `optaxplus.numerics.quantization`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -63,10 +63,14 @@ _FOUR_BITS = (
 )
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class QuantizedArray:
     """An array as codes and scales.
+
+    In key paths, and so in checkpoints, the codes are called by what they mean,
+    "signed_root" or "unsigned_dynamic": codes are bytes, which Orbax would restore into
+    those of another code.
 
     Attributes:
       codes: One byte an entry, in the shape and sharding of the array.
@@ -80,10 +84,22 @@ class QuantizedArray:
 
     codes: jax.Array
     scales: jax.Array
-    signed: bool = field(metadata={"static": True})
-    code: str = field(metadata={"static": True})
-    block_size: int = field(metadata={"static": True})
-    dtype: str = field(metadata={"static": True})
+    signed: bool
+    code: str
+    block_size: int
+    dtype: str
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """For `jax.tree_util`."""
+        kind = f"{'signed' if self.signed else 'unsigned'}_{self.code}"
+        key = jax.tree_util.GetAttrKey
+        children = ((key(kind), self.codes), (key("scales"), self.scales))
+        return children, (self.signed, self.code, self.block_size, self.dtype)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> "QuantizedArray":
+        """For `jax.tree_util`."""
+        return cls(*children, *static)
 
     def dequantize(self) -> jax.Array:
         """The array."""
@@ -115,10 +131,16 @@ class QuantizedArray:
 
 
 class QuantizedState(NamedTuple):
-    """State of `quantize_state`."""
+    """State of `quantize_state`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    inner_state: Any  # of the wrapped one, with a `QuantizedArray` for a large moment
+    Attributes:
+      count: Finished updates; shape (), int32.
+      inner_state: State of the wrapped transformation, with a `QuantizedArray` in the
+        place of every large moment.
+    """
+
+    count: jax.Array
+    inner_state: Any
 
 
 def dequantize_state(state: PyTree) -> PyTree:
@@ -129,6 +151,14 @@ def dequantize_state(state: PyTree) -> PyTree:
 
     Returns:
       The tree with every `QuantizedArray` replaced by the array that it stands for.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> tx = ox.lion8bit(1e-4)
+      >>> state = tx.init({"dense": {"kernel": jnp.ones((512, 512))}})
+      >>> mu = optax.tree.get(ox.dequantize_state(state), "mu")
+      >>> print(mu["dense"]["kernel"].shape, mu["dense"]["kernel"].dtype)
+      (512, 512) float32
     """
     return jax.tree.map(
         lambda node: node.dequantize() if _is_quantized(node) else node,
@@ -197,7 +227,7 @@ def quantize_state(
     Args:
       inner: Any transformation, ours or optax's; inside of it are the moments, so it
         may be a whole optimizer.
-      bits: 8. Static.
+      bits: 8, and no other number. Static.
       block_size: About how many entries share a scale: from 0.7 to 1.4 times as many,
         and up to four times where an axis cannot be halved, see `blocks_of`. >= 8.
         Static.

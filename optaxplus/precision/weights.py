@@ -50,14 +50,20 @@ __all__ = [
 
 
 class RoundedWeightsState(NamedTuple):
-    """State of the wrappers that decide how weights are rounded."""
+    """State of `master_weights`, `stochastic_rounding` and `compensated`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    # One tree, of what is beside each low-precision parameter, None beside wide ones:
-    # "master", float32, w (32 bits); "correction", int8, c in 1/256 of the spacing of p
-    # (24 bits); "lost", like p, c (compensated). Empty with stochastic rounding.
+    Attributes:
+      count: Finished updates; shape (), int32.
+      kept: What is beside each low-precision parameter, in its shape, and None beside
+        wider ones: {"master": w}, float32 (32 bits); {"correction": c}, int8, in 1/256
+        of the spacing of p (24 bits); {"lost": c}, in the dtype of p (compensated); {}
+        with stochastic rounding.
+      inner_state: State of the wrapped optimizer.
+    """
+
+    count: jax.Array
     kept: dict[str, PyTree]
-    inner_state: Any  # state of the wrapped optimizer
+    inner_state: Any
     # Refused by what would change the updates, see `trees.check_not_outermost`.
     outermost = True
 
@@ -84,16 +90,20 @@ def master_weights(
       bits: 32, a float32 copy; or 24, the 16 bits of the parameter and 8 more, rounded
         stochastically, so that updates below their resolution (2^-16 to 2^-15 of a
         parameter in bfloat16) are kept on average. Static.
-      seed: Of the noise with 24 bits, modulo 2^32; other seeds round otherwise. Static.
+      seed: Of the noise with 24 bits, >= 0, modulo 2^32; other seeds round otherwise.
+        Static.
 
     Returns:
       A transformation with state `RoundedWeightsState` that needs params and
       emits float32.
 
     Raises:
-      TypeError: If `inner` is no transformation or an argument has a wrong type.
-      ValueError: If `bits` is another number, `inner` keeps weights already, or
-        `update` is called without params.
+      TypeError: If `inner` is no transformation, an argument has a wrong type, or a
+        parameter is not floating point, is in fewer than 16 bits, or has another dtype
+        in `update` than at `init`.
+      ValueError: If `bits` is another number or `seed` negative, `inner` keeps weights
+        already, or `update` is called without params or with the state of another
+        wrapper.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox
@@ -105,6 +115,10 @@ def master_weights(
       ...     params = optax.apply_updates(params, updates)
       >>> print(params, round(float(state.kept["master"][0]), 4))
       [0.988281 0.988281] 0.99
+
+    References:
+      Micikevicius et al., arXiv 1710.03740, section 3.1; FlashOptim, arXiv 2602.23349
+      (24 bits).
     """
     name = "master_weights"
     validation.check_transformation(name, "inner", inner)
@@ -129,7 +143,7 @@ def stochastic_rounding(
 
     Args:
       inner: A whole optimizer. It gets gradients and parameters in float32.
-      seed: Of the noise, modulo 2^32; other seeds round otherwise. Groups of
+      seed: Of the noise, >= 0, modulo 2^32; other seeds round otherwise. Groups of
         `optax.partition` that have a wrapper each need seeds of their own for noise of
         their own. Static.
 
@@ -140,9 +154,10 @@ def stochastic_rounding(
       members of a `jax.vmap`.
 
     Raises:
-      TypeError: If `inner` is no transformation or an argument has a wrong type.
+      TypeError: If `inner` is no transformation, an argument has a wrong type, or a
+        parameter is not floating point or in fewer than 16 bits.
       ValueError: If `seed` is negative, `inner` keeps weights already, or `update` is
-        called without params.
+        called without params or with the state of another wrapper.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox
@@ -154,6 +169,9 @@ def stochastic_rounding(
       ...     params = optax.apply_updates(params, updates)
       >>> print(f"{params.mean(dtype=jnp.float32):.3f}")
       0.900
+
+    References:
+      Zamirai et al., arXiv 2010.06192.
     """
     name = "stochastic_rounding"
     validation.check_transformation(name, "inner", inner)
@@ -186,9 +204,10 @@ def compensated(
       float32.
 
     Raises:
-      TypeError: If `inner` is no transformation.
-      ValueError: If `inner` keeps weights already, or `update` is called without
-        params.
+      TypeError: If `inner` is no transformation, or a parameter is not floating point,
+        is in fewer than 16 bits, or has another dtype in `update` than at `init`.
+      ValueError: If `inner` keeps weights already, or `update` is called without params
+        or with the state of another wrapper.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxplus as ox
@@ -200,6 +219,9 @@ def compensated(
       ...     params = optax.apply_updates(params, updates)
       >>> print(params)
       [0.898438 0.898438]
+
+    References:
+      Kahan, CACM 8 (1965); Zamirai et al., arXiv 2010.06192.
     """
     name = "compensated"
     validation.check_transformation(name, "inner", inner)

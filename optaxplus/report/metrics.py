@@ -36,11 +36,16 @@ _ALL = "all"
 
 
 class MetricsState(NamedTuple):
-    """State of `with_metrics`."""
+    """State of `with_metrics`.
 
-    # label -> name -> shape (), float32: of the last update, zeros before the first
+    Attributes:
+      metrics: Label -> name -> what was measured in the last update, zeros before the
+        first; shape (), float32. `metrics` reads it.
+      inner_state: State of the wrapped transformation.
+    """
+
     metrics: dict[str, dict[str, jax.Array]]
-    inner_state: Any  # state of the wrapped transformation
+    inner_state: Any
 
 
 def with_metrics(

@@ -112,6 +112,9 @@ class Recipe:
 
         Args:
           rules: What each parameter is.
+
+        Returns:
+          The optimizer in its wrappers, `master_weights` outermost.
         """
         factory, arguments = _read_call(self.optimizer)
         known = inspect.signature(factory).parameters

@@ -163,6 +163,7 @@ def explain_routing(
       not folded) and `to_dict()` are the data.
 
     Raises:
+      TypeError: As in `optaxplus.label_params`.
       ValueError: As in `optaxplus.label_params`.
 
     Example:

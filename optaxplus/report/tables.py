@@ -16,6 +16,9 @@ def format_table(
       header: Column titles.
       rows: One text a column.
       right: Indices of the columns that are aligned to the right.
+
+    Returns:
+      The lines of the table, without a line break at the end.
     """
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
@@ -56,7 +59,14 @@ def print_table(
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes in decimal units, 1 GB = 1e9 bytes."""
+    """A number of bytes in decimal units, 1 GB = 1e9 bytes.
+
+    Args:
+      count: Bytes, >= 0.
+
+    Returns:
+      A number of four significant digits with its unit, such as "13.48 GB".
+    """
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.4g} {unit}"

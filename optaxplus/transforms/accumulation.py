@@ -18,11 +18,17 @@ __all__ = ["AccumulateState", "accumulate"]
 
 
 class AccumulateState(NamedTuple):
-    """State of `accumulate`."""
+    """State of `accumulate`.
 
-    micro_step: jax.Array  # shape (), int32: gradients in the sum, 0 to every_k - 1
-    grad_sum: PyTree  # like the parameters: sum of the gradients a
-    inner_state: Any  # state of the wrapped optimizer
+    Attributes:
+      micro_step: Gradients in the sum, 0 to every_k - 1; shape (), int32.
+      grad_sum: Their sum a; like the parameters, in `accumulator_dtype`.
+      inner_state: State of the wrapped optimizer.
+    """
+
+    micro_step: jax.Array
+    grad_sum: PyTree
+    inner_state: Any
 
 
 def accumulate(
@@ -52,7 +58,8 @@ def accumulate(
       the k-th call reach `inner`.
 
     Raises:
-      TypeError: If `inner` is no transformation or an argument has a wrong type.
+      TypeError: If `inner` is no transformation, an argument has a wrong type, or a
+        parameter is not floating point.
       ValueError: If `every_k` < 1.
 
     Example:

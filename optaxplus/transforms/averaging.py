@@ -24,11 +24,17 @@ __all__ = ["LookaheadState", "lookahead"]
 
 
 class LookaheadState(NamedTuple):
-    """State of `lookahead`."""
+    """State of `lookahead`.
 
-    steps_since_sync: jax.Array  # shape (), int32: 0 to every_k - 1
-    slow: PyTree  # like the parameters, at least float32: slow parameters s
-    inner_state: Any  # state of the wrapped optimizer
+    Attributes:
+      steps_since_sync: 0 to every_k - 1; shape (), int32.
+      slow: Slow parameters s; like the parameters, at least float32.
+      inner_state: State of the wrapped optimizer.
+    """
+
+    steps_since_sync: jax.Array
+    slow: PyTree
+    inner_state: Any
 
 
 def _lookahead_leaf(
@@ -66,12 +72,18 @@ def lookahead(
       float32 whatever the parameters' dtype is.
 
     Raises:
-      TypeError: If `inner` is no transformation or an argument has a wrong type.
-      ValueError: If an argument is out of range, or `update` is called without params.
+      TypeError: If `inner` is no transformation, an argument has a wrong type, or a
+        parameter is not floating point.
+      ValueError: If an argument is out of range; at `init`, if `inner` is
+        `master_weights` or another wrapper that stands outermost; if `update` is called
+        without params.
 
     Example:
       >>> import optaxplus as ox
       >>> tx = ox.lookahead(ox.adamw(1e-3, weight_decay=0.1), every_k=5, alpha=0.5)
+
+    References:
+      Zhang et al., arXiv 1907.08610, Algorithm 1.
     """
     name = "lookahead"
     validation.check_transformation(name, "inner", inner)

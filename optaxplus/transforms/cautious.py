@@ -28,9 +28,13 @@ __all__ = ["CautiousState", "cautious"]
 
 
 class CautiousState(NamedTuple):
-    """State of `cautious`."""
+    """State of `cautious`.
 
-    inner_state: Any  # state of the wrapped transformation
+    Attributes:
+      inner_state: State of the wrapped transformation.
+    """
+
+    inner_state: Any
 
 
 def _cautious_leaf(
@@ -72,11 +76,15 @@ def cautious(
 
     Raises:
       TypeError: If `inner` is no transformation or an argument has a wrong type.
-      ValueError: If an argument is out of range or axes do not fit.
+      ValueError: If an argument is out of range; at `init`, if axes do not fit or
+        `inner` is `master_weights` or another wrapper that stands outermost.
 
     Example:
       >>> import optax, optaxplus as ox
       >>> tx = optax.chain(ox.cautious(ox.scale_by_lion()), ox.descend(1e-4, 0.1))
+
+    References:
+      Liang et al., arXiv 2411.16085, Algorithm 1, with timm's normalisation.
     """
     name = "cautious"
     validation.check_transformation(name, "inner", inner)

@@ -62,6 +62,18 @@ def centralize(*, axes: Axes = None) -> optax.GradientTransformation:
     Raises:
       TypeError: If a parameter is not floating point.
       ValueError: If axes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = {"kernel": jnp.array([[1.0, 5.0], [3.0, 5.0]])}
+      >>> tx = ox.centralize()
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> print(updates["kernel"])
+      [[-1.  0.]
+       [ 1.  0.]]
+
+    References:
+      Yong et al., arXiv 2004.01461, equation 1.
     """
     name = "centralize"
     axes = _inferred if axes is None else axes

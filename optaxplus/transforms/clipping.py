@@ -44,6 +44,17 @@ def clip_by_global_norm(max_norm: Scalar) -> optax.GradientTransformation:
     Raises:
       TypeError: If `max_norm` is not a number or a parameter is not floating point.
       ValueError: If `max_norm` is not finite and > 0.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = {"w": jnp.array([3.0]), "b": jnp.array([-4.0])}
+      >>> tx = ox.clip_by_global_norm(1.0)
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> print(updates["w"], updates["b"])
+      [0.6] [-0.8]
+
+    References:
+      Pascanu et al., arXiv 1211.5063, Algorithm 1.
     """
     validation.check_positive("clip_by_global_norm", max_norm=max_norm)
 
@@ -79,6 +90,17 @@ def clip_update_rms(
     Raises:
       TypeError: If `threshold` is not a number or a parameter is not floating point.
       ValueError: If `threshold` is not finite and > 0, or axes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = {"b1": jnp.array([1.0, -7.0]), "b2": jnp.array([0.5])}
+      >>> tx = ox.clip_update_rms(1.0)
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> print(updates["b1"], updates["b2"])
+      [ 0.2 -1.4] [0.5]
+
+    References:
+      Shazeer and Stern, arXiv 1804.04235, section 6.
     """
     name = "clip_update_rms"
     validation.check_positive(name, threshold=threshold)

@@ -47,12 +47,19 @@ __all__ = ["ScaleByConfidenceState", "scale_by_confidence"]
 class ScaleByConfidenceState(NamedTuple):
     """State of `scale_by_confidence`.
 
-    Where a leaf is not factored, all axes of its residuals have size 1.
+    The residuals have the parameters' tree and rank, in `nu_dtype`; where a leaf is not
+    factored, all of their axes have size 1.
+
+    Attributes:
+      mu: Average M; like the parameters, in `mu_dtype`.
+      residual_row: Row statistics R; the axes of fan_out have size 1. With splits the
+        first of them has one entry a split.
+      residual_col: Column statistics C; the axes of fan_in have size 1.
     """
 
-    mu: PyTree  # like the parameters: average M
-    residual_row: PyTree  # axes of fan_out reduced to 1 (the first to the splits): R
-    residual_col: PyTree  # axes of fan_in reduced to 1: C
+    mu: PyTree
+    residual_row: PyTree
+    residual_col: PyTree
 
 
 def _confidence_leaf(
@@ -119,6 +126,15 @@ def scale_by_confidence(
       TypeError: If an argument has a wrong type or a parameter is not real floating
         point.
       ValueError: If an argument is out of range or axes do not fit.
+
+    Example:
+      >>> import optax, optaxplus as ox
+      >>> tx = optax.chain(
+      ...     ox.factored_rms(b2=0.999), ox.scale_by_confidence(), ox.descend(1e-4)
+      ... )
+
+    References:
+      Luo et al., arXiv 2307.02047, Algorithm 2; the authors' package came-pytorch.
     """
     name = "scale_by_confidence"
     validation.check_decay_rate(name, b1=b1, b3=b3)

@@ -37,12 +37,16 @@ __all__ = ["ScaleBySophiaState", "bind_hessian", "scale_by_sophia"]
 class ScaleBySophiaState(NamedTuple):
     """State of `scale_by_sophia`.
 
-    `hessian` is not called `nu` because it may be negative.
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment m; like the parameters, in `mu_dtype`.
+      hessian: Average h of the estimates; like the parameters, in `nu_dtype`. Not
+        called `nu`, because it may be negative.
     """
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: first moment m
-    hessian: PyTree  # like the parameters: average h of the estimates
+    count: jax.Array
+    mu: PyTree
+    hessian: PyTree
 
 
 def _refreshed_leaf(hessian: jax.Array, estimate: jax.Array, b2: Scalar) -> jax.Array:
@@ -103,7 +107,7 @@ def scale_by_sophia(
     `fields={"mu": "signed", "hessian": "unsigned"}` keeps them.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the diagonal, in [0, 1), per refresh.
       gamma: Scale of the diagonal, >= 0: the larger, the fewer entries are clipped. The
         authors tune it until 10 % to 50 % are not; 0.01 for `hutchinson`, 0.05 for
@@ -111,9 +115,10 @@ def scale_by_sophia(
       eps: Smallest denominator. > 0.
       update_interval: Steps from one refresh of the diagonal to the next. >= 1. Static.
       first_refresh: Steps before the first refresh, in which the update is the sign of
-        the mean. >= 0. Static.
-      debias: Whether the mean is divided by 1 - b1ᵗ, as optax and Levanter do. Static.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
+        the first moment. >= 0. Static.
+      debias: Whether the first moment is divided by 1 - b1ᵗ, as optax and Levanter do.
+        Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
       nu_dtype: Dtype of the diagonal. In bfloat16 it stalls once a refresh changes it
         by less than 1/256. Static.
 
@@ -146,6 +151,9 @@ def scale_by_sophia(
       ... )
       >>> print(optax.apply_updates(params, updates))  # Newton's, and clipped.
       [ 0. -2.]
+
+    References:
+      Liu et al., arXiv 2305.14342, Algorithm 3; Liuhong99/Sophia.
     """
     name = "scale_by_sophia"
     validation.check_decay_rate(name, b1=b1, b2=b2)

@@ -58,12 +58,16 @@ _ROUNDING = 4
 class ScaleByDionState(NamedTuple):
     """State of `scale_by_dion`.
 
-    The basis of one matrix has shape (shorter side, rank), float32 (float64 for float64
-    parameters). Those of splits stand side by side, filled up with rows of zeros.
+    Bases of splits stand side by side, filled up with rows of zeros.
+
+    Attributes:
+      mu: Momentum M; like the parameters, in `mu_dtype`.
+      basis: Bases Q; (*batch axes, shorter side, rank), float32 (float64 for float64
+        parameters).
     """
 
-    mu: PyTree  # like the parameters: momentum M
-    basis: PyTree  # (*batch axes, shorter side, rank): Q
+    mu: PyTree
+    basis: PyTree
 
 
 def _unit_columns(side: int, rank: int, seed: int) -> jax.Array:

@@ -55,14 +55,21 @@ __all__ = ["FactoredRmsState", "factored_rms"]
 class FactoredRmsState(NamedTuple):
     """State of `factored_rms`.
 
-    Every field has the parameters' tree and rank; where a leaf does not use a field,
-    all of its axes have size 1.
+    All fields but `count` have the parameters' tree and rank, in `nu_dtype`; where a
+    leaf does not use a field, all of its axes have size 1 there.
+
+    Attributes:
+      count: Finished updates; shape (), int32.
+      nu_row: Row statistics R; the axes of fan_out have size 1. With splits the first
+        of them has one entry a split.
+      nu_col: Column statistics C; the axes of fan_in have size 1.
+      nu: Mean square V of leaves that are not factored; like the parameters.
     """
 
-    count: jax.Array  # shape (), int32: finished updates
-    nu_row: PyTree  # axes of fan_out reduced to 1 (the first to the number of splits)
-    nu_col: PyTree  # axes of fan_in reduced to 1
-    nu: PyTree  # the parameter's shape where the leaf is not factored
+    count: jax.Array
+    nu_row: PyTree
+    nu_col: PyTree
+    nu: PyTree
 
 
 def _factored_leaf(
@@ -160,6 +167,16 @@ def factored_rms(
       TypeError: If an argument has a wrong type or a parameter is not real floating
         point.
       ValueError: If an argument is out of range or axes do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optaxplus as ox
+      >>> tx = ox.factored_rms(axes=ox.MatrixAxes((0,), (1,)))
+      >>> state = tx.init(jnp.zeros((256, 512)))
+      >>> jax.tree.map(jnp.shape, (state.nu_row, state.nu_col, state.nu))
+      ((256, 1), (1, 512), (1, 1))
+
+    References:
+      Shazeer and Stern, arXiv 1804.04235, Algorithm 4, and section 6 (clipping).
     """
     name = "factored_rms"
     validation.check_positive(name, decay_rate=decay_rate, eps=eps)

@@ -140,6 +140,9 @@ def gauss_newton_bartlett(
       ... )
       >>> estimate.shape
       (3, 4)
+
+    References:
+      Liu et al., arXiv 2305.14342, Algorithm 2.
     """
     name = "gauss_newton_bartlett"
     _check_key(name, key)

@@ -89,10 +89,10 @@ def trust_ratio(
 
     Args:
       trust_coefficient: Relative length η of a step before the learning rate. > 0.
-      weight_decay: LARS's λ: decay that enters the update and, as a norm of its own,
-        the denominator. Leave it 0 where decay was added before (LAMB).
-      form: How λ enters: "paper", "optax", "tensorflow" or "apex", see the
-        module. Static.
+      weight_decay: LARS's λ, >= 0: decay that enters the update and, as a norm of its
+        own, the denominator. Leave it 0 where decay was added before (LAMB).
+      form: How λ enters: "paper", "optax", "tensorflow" or "apex", see the table of
+        `optaxplus.lars`. Static.
       eps: Added to the denominator, in units of the update. >= 0.
       min_param_norm: Lower bound φ_min of the parameters' norm; other than 0 it lets
         zero parameters move by it. >= 0.
@@ -111,6 +111,18 @@ def trust_ratio(
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range, axes or mask do not fit, or `update`
         is called without params.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = jnp.array([3.0, 4.0])
+      >>> tx = ox.trust_ratio()
+      >>> updates, _ = tx.update(jnp.array([0.0, -2.0]), tx.init(params), params)
+      >>> print(updates)
+      [ 0. -5.]
+
+    References:
+      You et al., arXiv 1708.03888, Algorithm 1 (LARS), and arXiv 1904.00962, Algorithm
+      2 (LAMB). The module has the formulas of all forms.
     """
     name = "trust_ratio"
     validation.check_positive(name, trust_coefficient=trust_coefficient)
@@ -178,6 +190,17 @@ def scale_by_param_rms(
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range, axes do not fit, or `update` is
         called without params.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = jnp.array([1.0, 7.0])
+      >>> tx = ox.scale_by_param_rms()
+      >>> updates, _ = tx.update(jnp.array([1.0, -1.0]), tx.init(params), params)
+      >>> print(updates)
+      [ 5. -5.]
+
+    References:
+      Shazeer and Stern, arXiv 1804.04235, section 8.
     """
     name = "scale_by_param_rms"
     validation.check_positive(name, min_rms=min_rms)

@@ -68,15 +68,20 @@ _SCALINGS = {"channel": (-2,), "tensor": (-2, -1)}
 class ScaleByApolloState(NamedTuple):
     """State of `scale_by_apollo`.
 
-    The moments of one matrix have shape (rank, longer side). Those of splits stand side
-    by side, filled up with rows of zeros.
+    Moments of splits stand side by side, filled up with rows of zeros.
+
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment M; (*batch axes, rank, longer side), in `mu_dtype`.
+      nu: Second moment V; in the same shape, in `nu_dtype`.
+      last_norm: Norm ‖D‖ of the last update; float32 (float64 for float64 parameters),
+        of the parameters' rank; the axes of the matrix have size 1. With splits the
+        first axis of fan_out has one entry a split. None without a limiter.
     """
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # (*batch axes, rank, longer side): first moment M
-    nu: PyTree  # like mu: second moment V
-    # Axes of the matrix reduced to 1 (the first of fan_out to the splits): ‖D‖, float32
-    # (float64 for float64 parameters). None without a limiter.
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
     last_norm: Any
 
 
@@ -207,10 +212,10 @@ def scale_by_apollo(
     shorter side.
 
     Args:
-      b1: Decay rate of the mean of the projected gradient, in [0, 1).
-      b2: Decay rate of its mean square, in [0, 1).
-      eps: Added to the root of the mean square before its bias correction, in units of
-        the gradient. >= 0; may be 0.
+      b1: Decay rate of the first moment of the projected gradient, in [0, 1).
+      b2: Decay rate of its second moment, in [0, 1).
+      eps: Added to the root of the second moment before its bias correction, in units
+        of the gradient. >= 0; may be 0.
       rank: Rows of the projection, >= 1; not more than the shorter side has. Static.
       scale: The update is multiplied by its root. > 0. The authors have 1 for ranks of
         a quarter of the shorter side and 128 for rank 1: about the ratio of shorter
@@ -225,8 +230,8 @@ def scale_by_apollo(
       seed: Seed of the projections, >= 0. They depend on it, the number of the
         interval, the rank and the length of the shorter side alone. Static.
       axes: Matrix axes, see `optaxplus.custom_types`. Each split is a matrix.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByApolloState`; emits float32. Under

@@ -38,10 +38,15 @@ __all__ = [
 
 
 class ScaleByMomentumState(NamedTuple):
-    """State of `scale_by_momentum`."""
+    """State of `scale_by_momentum`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    trace: PyTree  # like the parameters: the momentum buffer b
+    Attributes:
+      count: Finished updates; shape (), int32.
+      trace: Momentum buffer b; like the parameters, in `mu_dtype`.
+    """
+
+    count: jax.Array
+    trace: PyTree
 
 
 def _momentum_leaf(
@@ -75,7 +80,7 @@ def scale_by_momentum(
       momentum: Factor μ of the buffer, in [0, 1).
       nesterov: Whether to step along g + μ·b instead of b. Needs momentum > 0 and no
         dampening, as in PyTorch. Static.
-      dampening: τ; the gradient enters with weight 1 - τ from the second step on.
+      dampening: τ, >= 0: from the second step on the gradient enters with weight 1 - τ.
       mu_dtype: Dtype of the buffer, see `optaxplus.custom_types`. Static.
 
     Returns:
@@ -85,6 +90,18 @@ def scale_by_momentum(
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range, or Nesterov is combined with
         dampening or zero momentum.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_momentum(0.5)
+      >>> first, state = tx.update(grads, tx.init(grads))
+      >>> second, state = tx.update(grads, state)
+      >>> print(first, second)
+      [ 4. -1.] [ 6.  -1.5]
+
+    References:
+      Polyak (1964); Sutskever et al. (2013); `torch.optim.SGD`.
     """
     name = "scale_by_momentum"
     validation.check_decay_rate(name, momentum=momentum)
@@ -129,10 +146,15 @@ def scale_by_momentum(
 
 
 class ScaleByEmaState(NamedTuple):
-    """State of `scale_by_ema`."""
+    """State of `scale_by_ema`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: the average m
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: Average m; like the parameters, in `mu_dtype`.
+    """
+
+    count: jax.Array
+    mu: PyTree
 
 
 def _ema_leaf(
@@ -180,6 +202,18 @@ def scale_by_ema(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If b1 is outside [0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_ema(0.5)
+      >>> first, state = tx.update(grads, tx.init(grads))
+      >>> second, state = tx.update(grads, state)
+      >>> print(first, second)
+      [ 2.  -0.5] [ 3.   -0.75]
+
+    References:
+      Keller Jordan et al., Muon (2024).
     """
     name = "scale_by_ema"
     validation.check_decay_rate(name, b1=b1)

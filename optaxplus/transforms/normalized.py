@@ -47,9 +47,13 @@ __all__ = [
 
 
 class NormalizeNeuronsState(NamedTuple):
-    """State of `normalize_neurons`."""
+    """State of `normalize_neurons`.
 
-    # Like the parameters, with the axes of fan_in of size 1: one mean square a neuron.
+    Attributes:
+      nu: Mean square v of every neuron; like the parameters, in `nu_dtype`, with the
+        axes of fan_in of size 1.
+    """
+
     nu: PyTree
 
 
@@ -78,6 +82,16 @@ def normalize_neurons(
         point.
       ValueError: If an argument is out of range, axes do not fit, or a parameter is a
         vector.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> tx = optax.chain(
+      ...     ox.scale_by_ema(0.95),
+      ...     ox.orthogonalize_via_newton_schulz(),
+      ...     ox.normalize_neurons(),
+      ... )
+      >>> tx.init({"kernel": jnp.ones((4, 8))})[2].nu["kernel"].shape
+      (1, 8)
 
     References:
       NorMuon, arXiv 2510.05491, algorithm 1. microsoft/dion has eps=1e-8;
@@ -124,9 +138,13 @@ def normalize_neurons(
 
 
 class ScaleByAdamuonState(NamedTuple):
-    """State of `scale_by_adamuon`."""
+    """State of `scale_by_adamuon`.
 
-    nu: PyTree  # like the parameters: the average v of the squares
+    Attributes:
+      nu: Average v of the squares; like the parameters, in `nu_dtype`.
+    """
+
+    nu: PyTree
 
 
 def scale_by_adamuon(
@@ -155,6 +173,16 @@ def scale_by_adamuon(
         point.
       ValueError: If an argument is out of range, axes do not fit, or a parameter is a
         vector.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> tx = optax.chain(
+      ...     ox.scale_by_ema(0.95),
+      ...     ox.orthogonalize_via_newton_schulz(),
+      ...     ox.scale_by_adamuon(),
+      ... )
+      >>> tx.init({"kernel": jnp.ones((4, 8))})[2].nu["kernel"].shape
+      (4, 8)
 
     References:
       AdaMuon, arXiv 2507.11005.

@@ -187,8 +187,8 @@ def scale_by_matrix_shape(
     """Multiplies every matrix by a factor that depends on its shape alone.
 
     Args:
-      shape_scale: "match_adamw", "keller" or "spectral"; the module docstring has the
-        formulas. Static.
+      shape_scale: "match_adamw": 0.2·sqrt(max(fan_in, fan_out)); "keller": sqrt(max(1,
+        fan_out / fan_in)); "spectral": sqrt(fan_out / fan_in). Static.
       axes: Matrix axes, see `optaxplus.custom_types`. Each split counts as a matrix.
 
     Returns:
@@ -197,6 +197,18 @@ def scale_by_matrix_shape(
     Raises:
       TypeError: If a parameter is not floating point.
       ValueError: If the scale is unknown, axes do not fit, or a parameter is a vector.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> tx = ox.scale_by_matrix_shape("keller")
+      >>> grads = {"kernel": jnp.ones((4, 16))}
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> print(updates["kernel"][0, 0])
+      2.0
+
+    References:
+      Keller Jordan et al., Muon (2024); Liu et al., arXiv 2502.16982, section 2.2;
+      Bernstein and Newhouse, arXiv 2409.20325.
     """
     name = "scale_by_matrix_shape"
     validation.check_choice(name, "shape_scale", shape_scale, SHAPE_SCALES)

@@ -62,16 +62,22 @@ class ScaleByKronState(NamedTuple):
     """State of `scale_by_kron`.
 
     The factors of a side of n have shape (*batch axes, tiles, n, n) if they are
-    triangular and (*batch axes, tiles, n, 1) if they are diagonal, float32 (float64 for
-    float64 parameters). Splits are tiles; those of several widths are filled up with
-    zeros to the widest.
+    triangular and (*batch axes, tiles, n, 1) if they are diagonal, in `factor_dtype`.
+    Splits are tiles; those of several widths are filled up with zeros to the widest.
+
+    Attributes:
+      count: Finished updates; shape (), int32.
+      refreshed: The last update that fitted the factors; shape (), int32.
+      mu: Momentum M; like the parameters, in `mu_dtype`.
+      factor_in: Factors L, of fan_in.
+      factor_out: Factors R, of fan_out.
     """
 
-    count: jax.Array  # shape (), int32: finished updates
-    refreshed: jax.Array  # shape (), int32: the last of them that fitted the factors
-    mu: PyTree  # like the parameters: momentum M
-    factor_in: PyTree  # L
-    factor_out: PyTree  # R
+    count: jax.Array
+    refreshed: jax.Array
+    mu: PyTree
+    factor_in: PyTree
+    factor_out: PyTree
 
 
 class _Leaf(NamedTuple):

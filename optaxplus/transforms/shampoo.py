@@ -72,15 +72,25 @@ class ScaleByShampooState(NamedTuple):
     The factors of a side of n have shape (*batch axes, tiles, n, n), float32 (float64
     for float64 parameters), or (*batch axes, tiles, n, 1) if only their diagonal is
     kept; a side without one has `optax.MaskedNode()`.
+
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment M; like the parameters, in `mu_dtype`.
+      nu: Second moment V of "adagrad" and "adam"; like the parameters, in `nu_dtype`.
+        Else None.
+      factor_in: Factors L, of fan_in.
+      factor_out: Factors R, of fan_out.
+      root_in: Inverse roots P_L of L; zeros before the first step.
+      root_out: Inverse roots P_R of R; likewise.
     """
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: first moment M
-    nu: Any  # like the parameters: V of "adagrad" and "adam"; else None
-    factor_in: PyTree  # L
-    factor_out: PyTree  # R
-    root_in: PyTree  # P_L; zeros before the first step
-    root_out: PyTree  # P_R
+    count: jax.Array
+    mu: PyTree
+    nu: Any
+    factor_in: PyTree
+    factor_out: PyTree
+    root_in: PyTree
+    root_out: PyTree
 
 
 class _Leaf(NamedTuple):
@@ -351,10 +361,10 @@ def scale_by_shampoo(
     refresh an inverse root of each.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the factors, in [0, 1), or 1 for sums. Static if 1.
-      b3: Decay rate of the mean square of grafting "adam", in [0, 1). (In
-        `scale_by_soap` b2 is that of the mean square and b3 that of the factors.)
+      b3: Decay rate of the second moment of grafting "adam", in [0, 1). (In
+        `scale_by_soap` b2 is that of the second moment and b3 that of the factors.)
       eps: Smallest eigenvalue of a factor, relative to its Frobenius norm, see
         `optaxplus.numerics.inverse_root`. >= 0. Static for `root_method="newton"`.
       update_interval: Steps from one refresh of the roots to the next, >= 1; the first
@@ -365,15 +375,15 @@ def scale_by_shampoo(
         factor. Static.
       grafting: The method whose norm the step of every tile takes, "sgd", "adagrad" or
         "adam", or None. Static.
-      grafting_eps: Added to the root of its mean square. > 0.
+      grafting_eps: Added to the root of its second moment. > 0.
       root_order: p >= 1; None: twice the number of sides, 4 for matrices and 2 for
         vectors. Static.
       root_method: "eigh", or "newton", which is made of products, for TPUs: their
         compiler takes minutes for an eigendecomposition. See
         `optaxplus.numerics.inverse_root`. Static.
       axes: Matrix axes, see `optaxplus.custom_types`. Splits are matrices of their own.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
       placement: Which device does the work, see `optaxplus.custom_types`. Static.
 
     Returns:

@@ -27,10 +27,25 @@ __all__ = ["ScaleByLionState", "scale_by_lion", "scale_by_sign"]
 def scale_by_sign() -> optax.GradientTransformation:
     """Replaces every coordinate by its sign.
 
-    After `scale_by_ema` this is Signum. No arguments and no state; emits float32.
+    After `scale_by_ema` this is Signum.
 
     Returns:
-      A transformation with an empty state.
+      A transformation without state; emits float32. The sign of a complex number z is
+      z/|z|, that of 0 is 0, that of NaN is NaN.
+
+    Raises:
+      TypeError: If a parameter is not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, 0.0, -1e-9])
+      >>> tx = ox.scale_by_sign()
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates)
+      [ 1.  0. -1.]
+
+    References:
+      Bernstein et al., signSGD, arXiv 1802.04434, Algorithm 1.
     """
 
     def init_fn(params: PyTree) -> optax.EmptyState:
@@ -47,9 +62,13 @@ def scale_by_sign() -> optax.GradientTransformation:
 
 
 class ScaleByLionState(NamedTuple):
-    """State of `scale_by_lion`."""
+    """State of `scale_by_lion`.
 
-    mu: PyTree  # like the parameters: the average m
+    Attributes:
+      mu: Momentum m; like the parameters, in `mu_dtype`.
+    """
+
+    mu: PyTree
 
 
 def _lion_leaf(
@@ -74,20 +93,20 @@ def scale_by_lion(
     *,
     mu_dtype: DTypeName = "float32",
 ) -> optax.GradientTransformation:
-    """Takes the sign of a mixture of the gradient and its slow average.
+    """Takes the sign of a mixture of the gradient and its momentum, a slow average.
 
-    The average decays with b2, the mixture that is signed weighs the gradient more
+    The momentum decays with b2, the mixture that is signed weighs the gradient more
     (b1 < b2). Every coordinate moves by exactly 1 or not at all.
 
-    With Python numbers 0 < b1 < b2 and a float32 average the mixture is computed from
-    the average after the step, which needs no memory: signs differ from the formula's
+    With Python numbers 0 < b1 < b2 and a float32 momentum the mixture is computed from
+    the momentum after the step, which needs no memory: signs differ from the formula's
     only where its terms cancel to 2^-23 of their size, which float32 does not resolve
-    either way. Otherwise the compiled step copies the average before the step.
+    either way. Otherwise the compiled step copies the momentum before the step.
 
     Args:
-      b1: Weight of the average in the signed mixture, in [0, 1).
-      b2: Decay rate of the average, in [0, 1).
-      mu_dtype: Dtype of the average, see `optaxplus.custom_types`. Static.
+      b1: Weight of the momentum in the signed mixture, in [0, 1).
+      b2: Decay rate of the momentum, in [0, 1).
+      mu_dtype: Dtype of the momentum, see `optaxplus.custom_types`. Static.
 
     Returns:
       A transformation with state `ScaleByLionState`; emits float32.
@@ -95,6 +114,17 @@ def scale_by_lion(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If b1 or b2 is outside [0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_lion()
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates, state.mu)
+      [ 1. -1.] [ 0.04 -0.01]
+
+    References:
+      Chen et al., arXiv 2302.06675, Algorithm 2.
     """
     name = "scale_by_lion"
     validation.check_decay_rate(name, b1=b1, b2=b2)

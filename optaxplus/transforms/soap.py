@@ -63,15 +63,24 @@ class ScaleBySoapState(NamedTuple):
 
     The factors of a side of n have shape (*batch axes, tiles, n, n), float32 (float64
     for float64 parameters); a side without one has `optax.MaskedNode()`.
+
+    Attributes:
+      count: Gradients seen; shape (), int32.
+      mu: First moment M; like the parameters, in `mu_dtype`.
+      nu: Second moment V; like the parameters, in `nu_dtype`.
+      factor_in: Factors L, of fan_in.
+      factor_out: Factors R, of fan_out.
+      basis_in: Eigenvectors Q_L of L as columns; zeros before the first step.
+      basis_out: Eigenvectors Q_R of R; likewise.
     """
 
-    count: jax.Array  # shape (), int32: gradients seen
-    mu: PyTree  # like the parameters: first moment M
-    nu: PyTree  # like the parameters: second moment V
-    factor_in: PyTree  # L
-    factor_out: PyTree  # R
-    basis_in: PyTree  # Q_L, eigenvectors as columns; zeros before the first step
-    basis_out: PyTree  # Q_R
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
+    factor_in: PyTree
+    factor_out: PyTree
+    basis_in: PyTree
+    basis_out: PyTree
 
 
 class _Leaf(NamedTuple):
@@ -242,18 +251,18 @@ def scale_by_soap(
     a few percent of a factor may be left off the diagonal of its first basis.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       b3: Decay rate of the factors, in [0, 1); None is `b2`. Static if None.
-      eps: Added to the root of the mean square before its bias correction. > 0.
+      eps: Added to the root of the second moment before its bias correction. > 0.
       update_interval: Steps from one refresh of the bases to the next, >= 1. Static.
       max_dim: Largest side that has a basis, >= 1. Static.
       large_dims: What becomes of larger sides: "diagonal" leaves them as they are (the
         eigenbasis of a diagonal factor), "tiles" cuts them into equal tiles of at most
         `max_dim`, each a matrix of its own. Static.
       axes: Matrix axes, see `optaxplus.custom_types`. Splits are matrices of their own.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
       placement: Which device does the work, see `optaxplus.custom_types`. Static.
 
     Returns:

@@ -28,9 +28,13 @@ __all__ = ["MarsCorrectionState", "mars_correction"]
 
 
 class MarsCorrectionState(NamedTuple):
-    """State of `mars_correction`."""
+    """State of `mars_correction`.
 
-    previous_grads: PyTree  # like the parameters: the last gradient
+    Attributes:
+      previous_grads: The last gradient; like the parameters, in `mu_dtype`.
+    """
+
+    previous_grads: PyTree
 
 
 def _mars_leaf(
@@ -83,6 +87,10 @@ def mars_correction(
       >>> tx = optax.chain(
       ...     ox.mars_correction(), ox.scale_by_lion(0.95, 0.95), ox.descend(3e-4, 0.1)
       ... )
+
+    References:
+      Yuan et al., arXiv 2411.10438, equations 2.3 and 2.4; AGI-Arena/MARS with
+      `is_approx=True`.
     """
     name = "mars_correction"
     validation.check_non_negative(name, gamma=gamma)

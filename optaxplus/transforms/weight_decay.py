@@ -35,9 +35,13 @@ __all__ = ["DescendState", "decay_mask", "descend"]
 
 
 class DescendState(NamedTuple):
-    """State of `descend` where a learning rate or decay is a schedule."""
+    """State of `descend` where a learning rate or weight decay is a schedule.
 
-    count: jax.Array  # shape (), int32: finished updates
+    Attributes:
+      count: Finished updates; shape (), int32.
+    """
+
+    count: jax.Array
 
 
 def _decoupled(u: jax.Array, p: jax.Array, lr: Scalar, decay: Scalar) -> jax.Array:
@@ -81,8 +85,10 @@ def descend(
         learning rate does. Other than 0 it makes `update` need params. Static if 0.
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all,
         `decay_mask` all but vectors.
-      decay: "decoupled", "independent", "cautious" or "proximal", see the module.
-        Static.
+      decay: With η the learning rate, λ the decay, u the direction and p the
+        parameters, "decoupled": p - η·(u + λ·p); "independent": p - η·u - λ·p;
+        "cautious": as "decoupled" where the step shrinks p too, else without decay;
+        "proximal": (p - η·u) / (1 + η·λ). Static.
 
     Returns:
       A transformation with state `DescendState` if something is a schedule, else an
@@ -100,6 +106,11 @@ def descend(
       >>> updates, _ = tx.update(jnp.array([1.0, -1.0]), tx.init(params), params)
       >>> print(updates)
       [-0.15  0.1 ]
+
+    References:
+      Loshchilov and Hutter, arXiv 1711.05101 ("decoupled", as in PyTorch, and
+      "independent"); Chen et al., arXiv 2510.12402 ("cautious"); Zhuang et al., arXiv
+      2202.00089 ("proximal").
     """
     name = "descend"
     validation.check_learning_rate(name, learning_rate)
@@ -165,7 +176,8 @@ def decay_mask(params: PyTree, rules: Sequence[Rule] = DEFAULT_RULES) -> PyTree:
       "vector". As a callable it is a mask itself: `mask=decay_mask`.
 
     Raises:
-      TypeError: If it is called with a step count instead of parameters.
+      TypeError: If it is called with a step count instead of parameters, or `rules`
+        holds anything but rules.
       ValueError: As in `optaxplus.infer_matrix_axes`.
 
     Example:

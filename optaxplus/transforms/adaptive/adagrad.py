@@ -25,9 +25,13 @@ __all__ = ["ScaleByAdagradState", "scale_by_adagrad"]
 
 
 class ScaleByAdagradState(NamedTuple):
-    """State of `scale_by_adagrad`."""
+    """State of `scale_by_adagrad`.
 
-    sum_of_squares: PyTree  # like the parameters, real: s
+    Attributes:
+      sum_of_squares: Sum s; like the parameters, real, in `nu_dtype`.
+    """
+
+    sum_of_squares: PyTree
 
 
 def _adagrad_leaf(
@@ -66,6 +70,18 @@ def scale_by_adagrad(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_adagrad()
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> updates, state = tx.update(grads, state)
+      >>> print(updates, state.sum_of_squares)
+      [ 0.70710677 -0.70710677] [32.  2.]
+
+    References:
+      Duchi, Hazan, Singer, JMLR 12 (2011), Figure 1; `torch.optim.Adagrad`.
     """
     name = "scale_by_adagrad"
     validation.check_non_negative(name, initial_accumulator=initial_accumulator)

@@ -32,12 +32,19 @@ __all__ = ["ScaleByAdamState", "scale_by_adam"]
 
 
 class ScaleByAdamState(NamedTuple):
-    """State of `scale_by_adam`."""
+    """State of `scale_by_adam`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: first moment m
-    nu: PyTree  # like the parameters, real: second moment v
-    nu_max: Any  # like nu with amsgrad, else None: largest v so far
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment m; like the parameters, in `mu_dtype`.
+      nu: Second moment v; like the parameters, real, in `nu_dtype`.
+      nu_max: Largest v so far, as `nu`, with amsgrad; else None.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
+    nu_max: Any
 
 
 def _adam_leaf(
@@ -85,18 +92,18 @@ def scale_by_adam(
     step the update is sign(g), up to `eps`.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       eps: Added outside the square root, in units of the gradient. >= 0; eps and
         eps_root may not both be 0.
       eps_root: Added inside the square root, in units of the squared gradient; makes
         the update differentiable at 0. >= 0.
-      amsgrad: Whether the denominator uses the largest mean square so far. Static.
+      amsgrad: Whether the denominator uses the largest second moment so far. Static.
       nesterov: Whether the numerator looks one step ahead. Static.
-      debias: Whether both means are divided by 1 - decayᵗ, which makes them weighted
+      debias: Whether both moments are divided by 1 - decayᵗ, which makes them weighted
         means of the gradients seen. Static.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. In bfloat16 it stalls once a step changes it
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. In bfloat16 it stalls once a step changes it
         by less than 1/256. Static.
 
     Returns:
@@ -106,6 +113,18 @@ def scale_by_adam(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxplus as ox
+      >>> tx = optax.chain(ox.scale_by_adam(b2=0.95), ox.descend(1e-3))
+      >>> params = jnp.array([4.0, -1.0])
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates)
+      [-0.001  0.001]
+
+    References:
+      Kingma and Ba, arXiv 1412.6980, Algorithm 1; Reddi et al., arXiv 1904.09237
+      (AMSGrad); Dozat (2016, Nesterov). The module has the formulas and what differs.
     """
     name = "scale_by_adam"
     validation.check_decay_rate(name, b1=b1, b2=b2)

@@ -31,11 +31,18 @@ __all__ = ["ScaleByAdamMiniState", "scale_by_adam_mini"]
 
 
 class ScaleByAdamMiniState(NamedTuple):
-    """State of `scale_by_adam_mini`."""
+    """State of `scale_by_adam_mini`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: first moment m
-    nu: PyTree  # real; axes of the block reduced to 1 (the first to the splits): v
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment m; like the parameters, in `mu_dtype`.
+      nu: Second moment v; real, in `nu_dtype`, of the parameters' rank; the axes of a
+        block have size 1. With splits the first axis of fan_out has one entry a split.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
 
 
 def _adam_mini_leaf(
@@ -76,12 +83,12 @@ def scale_by_adam_mini(
     chooses as the authors do.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       eps: Added outside the square root, in units of the gradient. > 0.
       axes: Matrix axes, see `optaxplus.custom_types`.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByAdamMiniState`; emits float32. Where the
@@ -90,6 +97,16 @@ def scale_by_adam_mini(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range or axes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> params = {"dense": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
+      >>> tx = ox.scale_by_adam_mini()
+      >>> {name: nu.shape for name, nu in tx.init(params).nu["dense"].items()}
+      {'bias': (1,), 'kernel': (1, 1)}
+
+    References:
+      Zhang et al., arXiv 2406.16793, Algorithm 1; the authors' package adam-mini 1.1.1.
     """
     name = "scale_by_adam_mini"
     validation.check_decay_rate(name, b1=b1, b2=b2)

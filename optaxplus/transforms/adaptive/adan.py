@@ -31,13 +31,21 @@ __all__ = ["ScaleByAdanState", "scale_by_adan"]
 
 
 class ScaleByAdanState(NamedTuple):
-    """State of `scale_by_adan`."""
+    """State of `scale_by_adan`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: mean of the gradient m
-    mu_diff: PyTree  # like the parameters: mean of the difference k
-    nu: PyTree  # like the parameters, real: mean square n
-    previous_grads: PyTree  # like the parameters: the last gradient
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: Mean m of the gradient; like the parameters, in `mu_dtype`.
+      mu_diff: Mean k of its change; as `mu`.
+      nu: Second moment n; like the parameters, real, in `nu_dtype`.
+      previous_grads: The last gradient; as `mu`.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    mu_diff: PyTree
+    nu: PyTree
+    previous_grads: PyTree
 
 
 def _adan_leaf(
@@ -87,11 +95,11 @@ def scale_by_adan(
     Args:
       b1: Decay rate of the mean of the gradient, in [0, 1).
       b2: Decay rate of the mean of the difference and its weight, in [0, 1).
-      b3: Decay rate of the mean square, in [0, 1).
+      b3: Decay rate of the second moment, in [0, 1).
       eps: Added outside the square root, in units of the gradient. > 0.
       mu_dtype: Dtype of the means and of the last gradient, see
         `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByAdanState`; emits float32. Where (1 - b3)·|g|²
@@ -100,6 +108,17 @@ def scale_by_adan(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_adan()
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates.round(3))
+      [ 1. -1.]
+
+    References:
+      Xie et al., arXiv 2208.06677, Algorithm 1; sail-sg/Adan.
     """
     name = "scale_by_adan"
     validation.check_decay_rate(name, b1=b1, b2=b2, b3=b3)

@@ -33,12 +33,19 @@ __all__ = ["ScaleByAdemamixState", "scale_by_ademamix"]
 
 
 class ScaleByAdemamixState(NamedTuple):
-    """State of `scale_by_ademamix`."""
+    """State of `scale_by_ademamix`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: fast mean m1
-    mu_slow: PyTree  # like the parameters: slow mean m2
-    nu: PyTree  # like the parameters, real: mean square v
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: Fast mean m1; like the parameters, in `mu_dtype`.
+      mu_slow: Slow mean m2; as `mu`.
+      nu: Second moment v; like the parameters, real, in `nu_dtype`.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    mu_slow: PyTree
+    nu: PyTree
 
 
 def _log_decay(decay: Scalar) -> Scalar:
@@ -96,7 +103,7 @@ def scale_by_ademamix(
 
     Args:
       b1: Decay rate of the fast mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       b3: Decay rate of the slow mean, in [0, 1).
       alpha: Weight of the slow mean. >= 0.
       eps: Added outside the square root, in units of the gradient. > 0.
@@ -104,7 +111,7 @@ def scale_by_ademamix(
         > 0, or None for none.
       b3_warmup: Steps over which b3 grows from b1. > 0, or None for none.
       mu_dtype: Dtype of the means, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByAdemamixState`; emits float32. Where (1 -
@@ -114,6 +121,16 @@ def scale_by_ademamix(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import optax, optaxplus as ox
+      >>> steps = 10_000
+      >>> rule = ox.scale_by_ademamix(alpha=8.0, alpha_warmup=steps, b3_warmup=steps)
+      >>> tx = optax.chain(rule, ox.descend(1e-3, 0.1))
+
+    References:
+      Pagliardini, Ablin, Grangier, arXiv 2409.03137, Algorithm 1 and appendix A.1;
+      apple/ml-ademamix.
     """
     name = "scale_by_ademamix"
     validation.check_decay_rate(name, b1=b1, b2=b2, b3=b3)

@@ -31,11 +31,18 @@ __all__ = ["ScaleByAdoptState", "scale_by_adopt"]
 
 
 class ScaleByAdoptState(NamedTuple):
-    """State of `scale_by_adopt`."""
+    """State of `scale_by_adopt`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: mean of the normalised gradients m
-    nu: PyTree  # like the parameters, real: mean square v
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment m, of the normalised gradients; like the parameters, in
+        `mu_dtype`.
+      nu: Second moment v; like the parameters, real, in `nu_dtype`.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
 
 
 def _clipped(x: jax.Array, limit: Scalar) -> jax.Array:
@@ -82,13 +89,13 @@ def scale_by_adopt(
     Converges for every b2, where Adam needs it close to 1. The first update is 0.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       eps: Lower bound of the denominator, in units of the gradient. > 0.
       clip: Whether normalised gradients are cut off at (t - 1)^(1/4), 1 in the second
         step and 10 after ten thousand. Static.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByAdoptState`; emits float32. Where (1 -
@@ -98,6 +105,18 @@ def scale_by_adopt(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_adopt()
+      >>> first, state = tx.update(grads, tx.init(grads))
+      >>> second, state = tx.update(grads, state)
+      >>> print(first, second.round(3))
+      [0. 0.] [ 0.1 -0.1]
+
+    References:
+      Taniguchi et al., arXiv 2411.02853v3, Algorithm 2; torch-adopt 0.1.0.
     """
     name = "scale_by_adopt"
     validation.check_decay_rate(name, b1=b1, b2=b2)

@@ -29,12 +29,20 @@ __all__ = ["ScaleByNadamState", "scale_by_nadam"]
 
 
 class ScaleByNadamState(NamedTuple):
-    """State of `scale_by_nadam`."""
+    """State of `scale_by_nadam`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu_product: jax.Array  # shape (), JAX's default float: product M of all momenta
-    mu: PyTree  # like the parameters: first moment m
-    nu: PyTree  # like the parameters, real: second moment v
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu_product: Product M of all momenta; shape (), float32 (float64 where JAX has
+        x64).
+      mu: First moment m; like the parameters, in `mu_dtype`.
+      nu: Second moment v; like the parameters, real, in `nu_dtype`.
+    """
+
+    count: jax.Array
+    mu_product: jax.Array
+    mu: PyTree
+    nu: PyTree
 
 
 def _nadam_leaf(
@@ -68,13 +76,13 @@ def scale_by_nadam(
     """Adam's direction with a look ahead, whose momentum warms up from b1/2 to b1.
 
     Args:
-      b1: Decay rate of the mean and final momentum, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b1: Decay rate of the first moment and final momentum, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       eps: Added outside the square root, in units of the gradient. > 0.
       momentum_decay: ψ, how fast the momentum warms up: 0.96^(ψ·t) is the part still
         missing. >= 0; 0 keeps it at b1/2.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByNadamState`; emits float32. Where (1 -
@@ -84,6 +92,18 @@ def scale_by_nadam(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_nadam()
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates.round(3))
+      [ 1.056 -1.056]
+
+    References:
+      Dozat, Incorporating Nesterov momentum into Adam (2016), Algorithm 8;
+      `torch.optim.NAdam`.
     """
     name = "scale_by_nadam"
     validation.check_decay_rate(name, b1=b1, b2=b2)

@@ -36,11 +36,17 @@ __all__ = ["ScaleByRadamState", "scale_by_radam"]
 
 
 class ScaleByRadamState(NamedTuple):
-    """State of `scale_by_radam`."""
+    """State of `scale_by_radam`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: first moment m
-    nu: PyTree  # like the parameters, real: second moment v
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment m; like the parameters, in `mu_dtype`.
+      nu: Second moment v; like the parameters, real, in `nu_dtype`.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
 
 
 def _average_length(b2: Scalar, count: jax.Array) -> jax.Array:
@@ -108,15 +114,15 @@ def scale_by_radam(
     denominator, so they have the gradient's scale and not Adam's.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1). ρ never exceeds 2/(1 - b2) - 1: with
-        2/3 or less nothing is rectified.
-      eps: Added to the root of the mean square before its bias correction, in units of
-        the gradient. > 0.
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1). ρ never exceeds 2/(1 - b2) - 1:
+        with 2/3 or less nothing is rectified.
+      eps: Added to the root of the second moment before its bias correction, in units
+        of the gradient. > 0.
       threshold: Length ρ of the average above which the denominator is used. > 0;
         below 4 it acts as 4.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByRadamState`; emits float32. Where (1 -
@@ -126,6 +132,17 @@ def scale_by_radam(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_radam()
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates.round(3))
+      [ 4. -1.]
+
+    References:
+      Liu et al., arXiv 1908.03265, Algorithm 2; `torch.optim.RAdam`.
     """
     name = "scale_by_radam"
     validation.check_decay_rate(name, b1=b1, b2=b2)

@@ -29,10 +29,15 @@ __all__ = ["ScaleByRmspropState", "scale_by_rmsprop"]
 
 
 class ScaleByRmspropState(NamedTuple):
-    """State of `scale_by_rmsprop`."""
+    """State of `scale_by_rmsprop`.
 
-    mu: Any  # like the parameters if centered, else None: mean a
-    nu: PyTree  # like the parameters, real: mean square v
+    Attributes:
+      mu: Mean a; like the parameters, in `mu_dtype`, if centered; else None.
+      nu: Mean square v; like the parameters, real, in `nu_dtype`.
+    """
+
+    mu: Any
+    nu: PyTree
 
 
 def _rmsprop_leaf(
@@ -87,6 +92,18 @@ def scale_by_rmsprop(
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
       ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([4.0, -1.0])
+      >>> tx = ox.scale_by_rmsprop(b2=0.75)
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates)
+      [ 2. -2.]
+
+    References:
+      Tieleman and Hinton, lecture 6.5 (2012); Graves, arXiv 1308.0850, equation 38
+      (centered); `torch.optim.RMSprop`.
     """
     name = "scale_by_rmsprop"
     validation.check_decay_rate(name, b2=b2)

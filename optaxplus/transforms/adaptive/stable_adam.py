@@ -34,11 +34,17 @@ __all__ = ["ScaleByStableAdamState", "scale_by_stable_adam"]
 
 
 class ScaleByStableAdamState(NamedTuple):
-    """State of `scale_by_stable_adam`."""
+    """State of `scale_by_stable_adam`.
 
-    count: jax.Array  # shape (), int32: finished updates
-    mu: PyTree  # like the parameters: first moment m
-    nu: PyTree  # like the parameters, real: second moment v
+    Attributes:
+      count: Finished updates; shape (), int32.
+      mu: First moment m; like the parameters, in `mu_dtype`.
+      nu: Second moment v; like the parameters, real, in `nu_dtype`.
+    """
+
+    count: jax.Array
+    mu: PyTree
+    nu: PyTree
 
 
 def _stable_adam_leaf(
@@ -78,15 +84,15 @@ def scale_by_stable_adam(
     """Adam's direction, shortened in every matrix or vector that took a shock.
 
     Args:
-      b1: Decay rate of the mean, in [0, 1).
-      b2: Decay rate of the mean square, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
       eps: Added outside the square root, in units of the gradient. > 0.
       weight_decay: Coefficient of the parameters in the update, which is shortened
         with it. >= 0. Other than 0 it makes `update` need params. Static if 0.
       mask: Which parameters decay, see `optaxplus.custom_types`; None is all.
       axes: Matrix axes, see `optaxplus.custom_types`.
-      mu_dtype: Dtype of the mean, see `optaxplus.custom_types`. Static.
-      nu_dtype: Dtype of the mean square. Static.
+      mu_dtype: Dtype of the first moment, see `optaxplus.custom_types`. Static.
+      nu_dtype: Dtype of the second moment. Static.
 
     Returns:
       A transformation with state `ScaleByStableAdamState`; emits float32. Where (1 -
@@ -95,8 +101,20 @@ def scale_by_stable_adam(
 
     Raises:
       TypeError: If an argument has a wrong type or a parameter is not floating point.
-      ValueError: If an argument is out of range, axes do not fit, or `update` is
-        called without the params that it needs.
+      ValueError: If an argument is out of range, axes or mask do not fit, or `update`
+        is called without the params that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxplus as ox
+      >>> grads = jnp.array([1.0, -1.0])
+      >>> tx = ox.scale_by_stable_adam()
+      >>> calm, state = tx.update(grads, tx.init(grads))
+      >>> shock, state = tx.update(100 * grads, state)
+      >>> print(calm.round(3), shock.round(3))
+      [ 1. -1.] [ 0.531 -0.531]
+
+    References:
+      Wortsman et al., arXiv 2304.13013, Algorithm 2; optimi's `StableAdamW`.
     """
     name = "scale_by_stable_adam"
     validation.check_decay_rate(name, b1=b1, b2=b2)
