@@ -9,6 +9,8 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +362,13 @@ def test_import_is_light() -> None:
     loaded = set(json.loads(output))
     assert "optax" in loaded
     assert not loaded & HEAVY
+
+
+def test_the_version_has_one_source() -> None:
+    """What is installed has it, too: after a change of it, `pip install -e .`."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert "version" not in pyproject["project"]
+    assert metadata.version("optaxplus") == ox.__version__
 
 
 def test_top_level_of_the_repository() -> None:
