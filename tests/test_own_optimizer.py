@@ -346,6 +346,26 @@ class Bigrams(nn.Module):
         return nn.Dense(256, use_bias=False, name="lm_head")(x)
 
 
+def test_the_readme_shows_the_example():
+    def definitions(source: str) -> dict[str, str]:
+        """Without docstrings and annotations of the module, by name."""
+        found = {}
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                if ast.get_docstring(node) is not None:
+                    node.body = node.body[1:]
+                found[node.name] = ast.unparse(node)
+        return found
+
+    readme = (ROOT / "README.md").read_text("utf-8")
+    section = readme.partition("## Write your own")[2]
+    shown = definitions(re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0])
+    assert shown.keys() == {"ScaleByAdagoState", "scale_by_adago", "adago"}
+    example = definitions(inspect.getsource(own_optimizer))
+    assert shown == {name: example[name] for name in shown}
+
+
+@pytest.mark.slow
 def test_the_script_shows_routing_memory_and_losses(monkeypatch, capsys):
     monkeypatch.setattr(own_optimizer, "GPT", Bigrams)
     monkeypatch.setattr(own_optimizer, "BATCH", 2)
