@@ -16,15 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from digits import Batch, split_digits
 from gpt import GPT, GPTConfig
 from text import Text, standard_library, training_batch, validation_batches
-
-Batch = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -142,39 +140,16 @@ def recurrent_net() -> Task:
 
 def conv_net() -> Task:
     """Digits of 8 x 8 pixels, moved by up to a pixel in training."""
-    images, labels = digits()
-    order = np.random.default_rng(0).permutation(len(images))
-    images, labels = images[order], labels[order]
     held_out, batch, steps = 360, 64, 600
-    train_images = np.pad(images[held_out:], [(0, 0), (1, 1), (1, 1), (0, 0)])
-    train_labels = labels[held_out:]
+    digits = split_digits(held_out)
 
     def draw(seed: int, step: int) -> Batch:
-        generator = np.random.default_rng((seed, step))
-        chosen = generator.integers(len(train_images), size=batch)
-        rows, columns = generator.integers(3, size=(2, batch, 1))
-        rows, columns = rows + np.arange(8), columns + np.arange(8)
-        moved = train_images[
-            chosen[:, None, None], rows[:, :, None], columns[:, None, :]
-        ]
-        return moved, train_labels[chosen]
+        return digits.draw(seed, step, batch)
 
+    images, labels = digits.validation
     settings = {"batch": batch, "held_out": held_out}
-    validation = images[None, :held_out], labels[None, :held_out]
+    validation = images[None], labels[None]
     return Task("CNN, digits", ConvNet(16), steps, settings, draw, validation)
-
-
-def digits() -> Batch:
-    """Images (1797, 8, 8, 1) in [0, 1] and their labels, from scikit-learn."""
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            'The digits come with scikit-learn: pip install -e ".[benchmarks]"'
-        ) from error
-    images, labels = load_digits(return_X_y=True)
-    scaled = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
-    return scaled, labels.astype(np.int32)
 
 
 TASKS: dict[str, Callable[[], Task]] = {

@@ -122,7 +122,9 @@ def curve_style(index: int, points: int) -> dict[str, Any]:
     }
 
 
-def plot(runs: dict[str, Run], path: Path) -> None:
+def plot(
+    runs: dict[str, Run], path: Path, *, ylabel: str = LOSS_LABEL, log: bool = False
+) -> None:
     """Draws the validation losses over steps and over seconds."""
     losses, steps, seconds = {}, {}, {}
     for name, run in runs.items():
@@ -134,11 +136,12 @@ def plot(runs: dict[str, Run], path: Path) -> None:
         "reference": None if best is None else {"AdamW's best": best},
         # The first steps would squeeze the part that matters.
         "crop_start": 0.2,
+        "log": log,
     }
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     figure.suptitle(headline(runs))
     left, right = figure.subplots(1, 2, sharey=True)
-    loss_curves(losses, steps, ylabel=LOSS_LABEL, ax=left, **common)
+    loss_curves(losses, steps, ylabel=ylabel, ax=left, **common)
     common |= {"xlabel": "seconds of training", "ylabel": "", "legend": False}
     loss_curves(losses, seconds, ax=right, path=path, **common)
 

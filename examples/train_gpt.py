@@ -17,14 +17,13 @@ Written to `--out`: `results.json` (every number), `train_gpt.png` (the curves) 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shlex
 import shutil
 import string
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,8 +36,8 @@ import optax
 from comparison import plot, print_results, results
 from flax.training.train_state import TrainState
 from gpt import GPT, GPTConfig, generate, next_token_loss
+from progress import live_progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from text import Text, standard_library, training_batch, validation_batches
 from training_run import Checkpoints, Interruption, ResumeError, Run
 
@@ -197,13 +196,13 @@ class Trainer:
                 train_step = self._compile(state, run)
         if not run.validation:
             self._validate(state, run)
-        with self._progress(run) as report:
+        with live_progress(run, "tokens/s", self.console) as report:
             while run.step < steps and not self.interruption.requested:
                 start = time.perf_counter()
                 state, loss = train_step(state, self.task.batch(run.step))
                 run.train.append([run.step + 1, float(loss)])
                 run.seconds += time.perf_counter() - start
-                report(run)
+                report(run.tokens_per_second)
                 if run.step in validate_at:
                     self._validate(state, run)
                 if run.step in save_at and checkpoints is not None:
@@ -255,40 +254,6 @@ class Trainer:
         )
         text = bytes(np.asarray(tokens, np.uint8)).decode("ascii", errors="replace")
         return "".join(c if c in string.printable else "?" for c in text)
-
-    @contextlib.contextmanager
-    def _progress(self, run: Run) -> Iterator[Callable[[Run], None]]:
-        """Shows a live bar with loss, speed and time left; in a terminal only."""
-        columns = (
-            TextColumn("{task.description:>10}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-        )
-        interactive = self.console.is_terminal
-        with Progress(
-            *columns, console=self.console, transient=True, disable=not interactive
-        ) as progress:
-            bar = progress.add_task(
-                run.optimizer,
-                total=self.task.steps,
-                completed=run.step,
-                loss=run.validation[-1][1],
-                speed=run.tokens_per_second,
-            )
-
-            def report(run: Run) -> None:
-                progress.update(
-                    bar,
-                    completed=run.step,
-                    loss=run.train[-1][1],
-                    speed=run.tokens_per_second,
-                )
-
-            yield report
 
 
 def loss_in_float32(model: GPT, params: Any, windows: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from benchmarks import (
 )
 from benchmarks.convergence import FIRST_EXPONENTS, TRIALS, Results, Run, Trainer
 from benchmarks.convergence_optimizers import OPTIMIZERS
+from examples.digits import all_digits
 
 QUIET = Console(quiet=True)
 
@@ -163,7 +164,7 @@ def test_digits_are_moved_by_a_pixel_at_most() -> None:
     images, labels = digits.draw(0, 0)
     assert images.shape == (64, 8, 8, 1)
     assert set(labels.tolist()) <= set(range(10))
-    originals, _ = convergence_tasks.digits()
+    originals, _ = all_digits()
     originals = np.pad(originals[..., 0], [(0, 0), (1, 1), (1, 1)])
     moved = np.stack(
         [
