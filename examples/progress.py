@@ -12,12 +12,13 @@ from training_run import Run
 
 @contextlib.contextmanager
 def live_progress(
-    run: Run, unit: str, console: Console
+    run: Run, steps: int, unit: str, console: Console
 ) -> Iterator[Callable[[float], None]]:
     """Shows a bar, in a terminal only; gives the function that updates it.
 
     Args:
         run: What the bar shows; it has a validation loss.
+        steps: Of the whole run.
         unit: Of the speed.
         console: Where the bar is.
 
@@ -38,7 +39,7 @@ def live_progress(
     ) as progress:
         bar = progress.add_task(
             run.optimizer,
-            total=run.settings["steps"],
+            total=steps,
             completed=run.step,
             loss=run.validation[-1][1],
             speed=0.0,

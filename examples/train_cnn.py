@@ -202,7 +202,7 @@ class Trainer:
             self._compile(model, optimizer, run)
         validate_at = milestones(self.steps, min(VALIDATIONS, max(5, self.steps // 10)))
         self._validate(model, run)
-        with live_progress(run, "images/s", self.console) as report:
+        with live_progress(run, self.steps, "images/s", self.console) as report:
             while run.step < self.steps and not self.interruption.requested:
                 start = time.perf_counter()
                 loss = train_step(model, optimizer, *self._batch(run.step))

@@ -196,7 +196,7 @@ class Trainer:
                 train_step = self._compile(state, run)
         if not run.validation:
             self._validate(state, run)
-        with live_progress(run, "tokens/s", self.console) as report:
+        with live_progress(run, steps, "tokens/s", self.console) as report:
             while run.step < steps and not self.interruption.requested:
                 start = time.perf_counter()
                 state, loss = train_step(state, self.task.batch(run.step))
