@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -37,17 +37,21 @@ class Choice:
 CHOICES = (
     Choice("a baseline, or no wish to choose", "`adamw`", ("adamw",)),
     Choice(
-        "hidden matrices: transformers, convolutions",
+        "hidden matrices: transformers, convolutions; half of AdamW's state for them",
         "`muon`, `normuon`",
         ("muon", "normuon"),
     ),
+    Choice("a transformer, and AdamW's state is affordable", "`adamuon`", ("adamuon",)),
     Choice(
         "the fewest steps, where memory and matrix work cost little",
         "`soap`, `kron`",
         ("soap", "kron"),
     ),
+    Choice("AdamW's state, but fewer steps", "`nadam`", ("nadam",)),
     Choice(
-        "AdamW, but half of its state", "`lion`, `adam_mini`", ("lion", "adam_mini")
+        "half of AdamW's state for everything, in a long run",
+        "`lion`, `adam_mini`",
+        ("lion", "adam_mini"),
     ),
     Choice("AdamW, but a quarter of its state", "`adamw8bit`", ("adamw8bit",)),
     Choice("next to no state", "`adafactor`, `apollo`", ("adafactor", "apollo")),
@@ -148,13 +152,15 @@ def steps_by_task(
         }
     }
     for document in documents.values():
-        job = document["job"]
-        if job["title"] not in found:
-            found[job["title"]] = {
-                row.optimizer: median(row.steps) / job["steps"]
-                for row in convergence_report.rows(document)
-            }
+        found.setdefault(document["job"]["title"], _shares(document))
     return found
+
+
+def _shares(document: dict[str, Any]) -> dict[str, float]:
+    return {
+        row.optimizer: median(row.steps) / document["job"]["steps"]
+        for row in convergence_report.rows(document)
+    }
 
 
 def markdown(
@@ -178,6 +184,25 @@ def markdown(
         "seeds; every optimizer at its own best learning rate.",
     ]
     return "\n".join(lines)
+
+
+def everywhere(documents: Mapping[str, dict[str, Any]]) -> str:
+    """Which optimizers are as good as AdamW on every task, and which on none."""
+    shares = [_shares(document) for document in documents.values()]
+    names = sorted(set.union(*map(set, shares)) - {train_gpt_seeds.BASELINE})
+    reached = {
+        name: [not math.isinf(task.get(name, math.inf)) for task in shares]
+        for name in names
+    }
+
+    def listed(condition: Callable[[list[bool]], bool]) -> str:
+        return ", ".join(f"`{name}`" for name in names if condition(reached[name]))
+
+    return (
+        f"Of {len(names)} optimizers beside AdamW in these {len(shares)} tasks, these "
+        f"reach its best loss within its steps on all: {listed(all)}. These on none: "
+        f"{listed(lambda found: not any(found))}."
+    )
 
 
 def claims(

@@ -122,6 +122,11 @@ def which_optimizer() -> str:
     return guide.markdown(convergence_report.load(), read("train_gpt_seeds")["trials"])
 
 
+def everywhere() -> str:
+    """Which optimizers are as good as AdamW on every task, and which on none."""
+    return guide.everywhere(convergence_report.load())
+
+
 def routing() -> str:
     """What Muon gets of five models, from optax and from here."""
     return "\n".join(
@@ -153,6 +158,7 @@ PAGES: dict[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {
         "main job": main_job,
         "guide": which_optimizer,
+        "everywhere": everywhere,
         "routing": routing,
         "memory": memory,
         "checkpoints": checkpoint_table.markdown,

@@ -226,7 +226,7 @@ def test_vmap_is_one_after_the_other(case: Case) -> None:
             assert_trees_close(one, theirs, rtol=case.rtol)
 
 
-@pytest.mark.parametrize("case", NAMED, ids=str)
+@pytest.mark.parametrize("case", variants_are_slow(NAMED))
 def test_learning_rate_may_be_anything_scalar(case: Case) -> None:
     params, grads = problem(case)
     plain, _ = run(case.make(0.25), params, grads)

@@ -78,6 +78,7 @@ def test_everything_is_written(uninterrupted):
         assert expected in printed
 
 
+@pytest.mark.slow  # `test_train_low_memory` interrupts the same kind of run
 def test_interrupted_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
     arguments = ("--steps", "12", "--optimizers", "muon")
     process = start(tmp_path, *arguments)

@@ -15,6 +15,7 @@ from tests import problems
 from tests.assertions import assert_trees_close
 from tests.cases import (
     BFLOAT16_RTOL,
+    FAMILIES,
     NAMED,
     Case,
     one_of_each_family,
@@ -128,10 +129,12 @@ FIRST = {case.factory: case.name for case in reversed(NAMED)}.values()
             *row.values,
             dtype,
             id=f"{row.id}-{dtype}",
-            # Variants show in float64 what they compute, if it compiles in a second.
+            # Variants show in float64 what they compute, if it compiles in a second;
+            # the narrower types are the same program for one row of each family.
             marks=[]
-            if dtype == "float64" and (row.values[0].by_default or row.id in FIRST)
-            else row.marks,
+            if (dtype == "float64" and (row.values[0].by_default or row.id in FIRST))
+            or row.id in FAMILIES
+            else [pytest.mark.slow],
         )
         for row in variants_are_slow(NAMED)
         for dtype in PRECISIONS

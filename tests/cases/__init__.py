@@ -27,6 +27,7 @@ from tests.cases.expectations import BFLOAT16_RTOL, NEWTON_SCHULZ_RTOL
 __all__ = [
     "BFLOAT16_RTOL",
     "CASES",
+    "FAMILIES",
     "LINKS",
     "NAMED",
     "NEWTON_SCHULZ_RTOL",

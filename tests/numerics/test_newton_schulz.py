@@ -62,7 +62,7 @@ AMPLIFICATION = {name: 1e3 for name in BANDS} | {"cubic": 10, "deepseek": 8e4}
     + [
         pytest.param(
             *("polar_express", shape, normalization, method),
-            marks=[] if shape in ((4, 6), (7, 1)) else pytest.mark.slow,
+            marks=[] if shape == (4, 6) else pytest.mark.slow,
         )
         for shape in SHAPES
         for normalization in NORMS
@@ -194,7 +194,9 @@ def test_singular_vectors_stay(name: str):
 # Scale
 
 
-@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "compute_dtype", mostly(["bfloat16"], ["bfloat16", "float16", "float32"])
+)
 @pytest.mark.parametrize("power", [-100, -14, 15, 100])
 def test_powers_of_two_change_no_bit(compute_dtype: str, power: int):
     x = jnp.float32(gaussian(4, (3, 5)))
@@ -321,7 +323,7 @@ def test_symmetric_positive_matrices_go_to_the_identity():
 # Limits
 
 
-@pytest.mark.parametrize("name", BANDS)
+@pytest.mark.parametrize("name", mostly(["polar_express", "jordan"], BANDS))
 @pytest.mark.parametrize(
     "compute_dtype", mostly(["bfloat16"], ["bfloat16", "float16", "float32"])
 )
@@ -396,7 +398,9 @@ def test_empty_stays_empty(shape: tuple[int, ...]):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "compute_dtype", mostly(["bfloat16"], ["bfloat16", "float16", "float32"])
+)
 def test_one_bad_entry_makes_its_matrix_nan(value: float, compute_dtype: str):
     x = jnp.float32(gaussian(19, (2, 3, 4))).at[0, 1, 2].set(value)
     result = np.asarray(polar_factor(x, compute_dtype=compute_dtype))

@@ -223,6 +223,7 @@ def test_muon_in_codes_with_placement():
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow  # `test_checkpoints` restores codes onto a mesh, too
 def test_codes_are_restored_onto_another_mesh(tmp_path):
     tx = quantized()
     meshes = [
