@@ -9,8 +9,12 @@ seed, their time beside AdamW's, and how much a wrong learning rate costs.
 
     python benchmarks/convergence.py                     # hours
     python benchmarks/convergence.py --tasks conv_net --optimizers adamw muon
+    python benchmarks/convergence.py --steps 300 --optimizers muon normuon adamuon soap
     python benchmarks/convergence.py --times             # minutes, on an idle machine
     python benchmarks/convergence.py --small             # under two minutes
+
+`--steps 300` asks whether half of the steps, with a schedule and learning rates of
+their own, are enough.
 
 `--times` trains with all optimizers in turns, some steps each, so that what else the
 machine does slows all of them alike; the runs before it, hours apart, are not compared
@@ -432,6 +436,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"of {', '.join(OPTIMIZERS)} (default: all)",
     )
     parser.add_argument(
+        "--steps",
+        type=int,
+        default=None,
+        help=f"of every run (default: those of the task; with --small {SMALL_STEPS})",
+    )
+    parser.add_argument(
         "--times",
         action="store_true",
         help="measure the times of a step, of optimizers whose trials are there",
@@ -445,18 +455,28 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         default=None,
-        help="folder for the results (default: benchmarks/results/convergence; with "
-        "--small runs/convergence)",
+        help="folder for the results (default: benchmarks/results/convergence, or "
+        "convergence_N beside it with --steps N; with --small runs/convergence)",
     )
     options = parser.parse_args(arguments)
+    if options.steps is not None and options.steps < VALIDATIONS:
+        parser.error(
+            f"--steps {options.steps}: runs have at least {VALIDATIONS} steps, one "
+            "for each validation"
+        )
     if options.tasks is None:
         options.tasks = [*(SMALL_TASKS if options.small else TASKS)]
     if options.optimizers is None:
         options.optimizers = [*(SMALL_OPTIMIZERS if options.small else OPTIMIZERS)]
     # Others are compared with it, and some take its learning rate.
     options.optimizers = list(dict.fromkeys([BASELINE, *options.optimizers]))
-    if options.out is None:
-        options.out = Path("runs/convergence") if options.small else RESULTS
+    if options.out is None and options.small:
+        options.out = Path("runs/convergence")
+    elif options.out is None:
+        suffix = "" if options.steps is None else f"_{options.steps}"
+        options.out = RESULTS.with_name(RESULTS.name + suffix)
+    if options.steps is None and options.small:
+        options.steps = SMALL_STEPS
     return options
 
 
@@ -469,8 +489,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Interruption() as interruption:
         for name in options.tasks:
             task = TASKS[name]()
-            if options.small:
-                task = replace(task, steps=SMALL_STEPS)
+            if options.steps is not None:
+                task = replace(task, steps=options.steps)
             results = Results(name, task, options.out)
             if interruption.requested:
                 break

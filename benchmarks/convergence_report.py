@@ -68,17 +68,33 @@ class Row:
         """The median over the seeds."""
         return median(self.losses.values())
 
+    @property
+    def rate_text(self) -> str:
+        """The learning rate, marked where it is at an end."""
+        return f"{self.learning_rate:.2g}{' (end)' if self.is_at_end else ''}"
+
+    @property
+    def loss_text(self) -> str:
+        """Median (smallest to largest) over the seeds."""
+        low, high = min(self.losses.values()), max(self.losses.values())
+        return f"{self.loss:.3f} ({low:.3f} to {high:.3f})"
+
+
+def best_of_adamw(document: dict[str, Any]) -> dict[int, float]:
+    """The lowest validation loss of AdamW at its best learning rate, by seed."""
+    return {
+        run["seed"]: min(loss for _, loss in run["validation"] if loss is not None)
+        for run in document["runs"]
+        if run["optimizer"] == BASELINE and run["seed"]
+    }
+
 
 def rows(document: dict[str, Any]) -> list[Row]:
     """Of a task, the lowest loss first; optimizers without other seeds are left out."""
     by_name: dict[str, list[dict[str, Any]]] = {}
     for run in document["runs"]:
         by_name.setdefault(run["optimizer"], []).append(run)
-    goals = {
-        run["seed"]: min(loss for _, loss in run["validation"] if loss is not None)
-        for run in by_name[BASELINE]
-        if run["seed"]
-    }
+    goals = best_of_adamw(document)
     found = []
     for name, runs in by_name.items():
         trials = {run["exponent"]: last_loss(run) for run in runs if not run["seed"]}
@@ -140,11 +156,10 @@ def cells(row: Row, steps: int) -> list[str]:
     time = "-"
     if row.time is not None and math.isfinite(middle):
         time = f"{row.time * middle / steps:.2f}"
-    low, high = min(row.losses.values()), max(row.losses.values())
     return [
         row.optimizer,
-        f"{row.learning_rate:.2g}{' (end)' if row.is_at_end else ''}",
-        f"{row.loss:.3f} ({low:.3f} to {high:.3f})",
+        row.rate_text,
+        row.loss_text,
         reached,
         time,
         *("-" if x is None else f"{x:+.3f}" for x in (row.below, row.above)),
@@ -182,6 +197,30 @@ def markdown(documents: dict[str, dict[str, Any]]) -> str:
         "`python benchmarks/convergence.py` trains them."
     )
     return "\n\n".join(parts)
+
+
+def short_runs(
+    full: dict[str, dict[str, Any]], short: dict[str, dict[str, Any]]
+) -> list[list[str]]:
+    """Fewer steps beside AdamW's best over all of them with the same seed, as text."""
+    lines = [["optimizer", "steps", "learning rate", "validation loss"]]
+    lines[0].append("of AdamW's best, same seed")
+    for name, document in short.items():
+        goals = best_of_adamw(full[name])
+        steps = f"{document['job']['steps']} of {full[name]['job']['steps']}"
+        for row in rows(document):
+            higher = [100 * (row.losses[seed] / goals[seed] - 1) for seed in row.losses]
+            lines.append(
+                [
+                    row.optimizer,
+                    steps,
+                    row.rate_text,
+                    row.loss_text,
+                    f"{median(higher):+.1f} % "
+                    f"({min(higher):+.1f} to {max(higher):+.1f})",
+                ]
+            )
+    return lines
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:

@@ -64,6 +64,8 @@ def seeds() -> str:
 def half_of_the_steps() -> str:
     """Schedules of half the length beside AdamW's, from the committed results."""
     runs = read("train_gpt_seeds")["trials"]
+    full = convergence_report.load()
+    short = convergence_report.load(RESULTS / "convergence_300")
     return "\n".join(
         [
             *markdown_table(train_gpt_seeds.short_runs(runs)),
@@ -71,8 +73,16 @@ def half_of_the_steps() -> str:
             "The main job again, with warm-up and decay within these steps and "
             "learning rates that are the best of four for them, beside the lowest loss "
             "of AdamW over all its steps: median (smallest to largest) over the seeds. "
-            "`python benchmarks/train_gpt_seeds.py --steps 600 --optimizers muon "
-            "normuon soap` trains them.",
+            "`python benchmarks/train_gpt_learning_rates.py --steps 600 --optimizers "
+            "muon normuon adamuon soap` tunes them and `python "
+            "benchmarks/train_gpt_seeds.py --steps 600 --optimizers muon normuon "
+            "adamuon soap` trains them.",
+            "",
+            *markdown_table(convergence_report.short_runs(full, short)),
+            "",
+            "The same of the GPT of width 64, with seven trials for each; `python "
+            "benchmarks/convergence.py --tasks small_gpt --steps 300 --optimizers muon "
+            "normuon adamuon soap`.",
         ]
     )
 

@@ -7,7 +7,7 @@ as good as AdamW with the same seed ever was.
 
     python benchmarks/train_gpt_seeds.py
     python benchmarks/train_gpt_seeds.py --optimizers adamw muon --seeds 1 2
-    python benchmarks/train_gpt_seeds.py --optimizers muon normuon soap --steps 600
+    python benchmarks/train_gpt_seeds.py --steps 600 --optimizers muon normuon soap
 
 The last one asks whether a schedule of half the length, tuned by itself, is enough.
 

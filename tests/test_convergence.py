@@ -148,6 +148,20 @@ def test_an_interruption_keeps_what_is_finished(tmp_path) -> None:
     assert not results.runs
 
 
+def test_other_lengths_are_written_elsewhere() -> None:
+    options = convergence.parse_arguments(["--steps", "300"])
+    assert options.steps == 300
+    assert options.out == convergence.RESULTS.with_name("convergence_300")
+    assert convergence.parse_arguments([]).out == convergence.RESULTS
+    assert convergence.parse_arguments(["--small"]).steps == convergence.SMALL_STEPS
+
+
+def test_runs_without_room_for_their_validations_are_refused(capsys) -> None:
+    with pytest.raises(SystemExit):
+        convergence.parse_arguments(["--steps", "19"])
+    assert "--steps 19: runs have at least 20 steps" in capsys.readouterr().err
+
+
 def test_times_are_relative_to_adamw(tmp_path) -> None:
     results = run_all(tmp_path, ["adamw", "sgd"], trials=1, seeds=())
     found = convergence.measure_times(task(), ["adamw", "sgd"], results, rounds=2)
@@ -250,6 +264,22 @@ def test_rows() -> None:
     assert lines[2][3:5] == ["never", "-"]
 
 
+def test_short_runs_are_compared_with_all_steps_of_adamw() -> None:
+    short = document()
+    short["job"]["steps"] = 10
+    for run in short["runs"]:
+        if run["optimizer"] == "adamw" and run["seed"]:
+            run["validation"][-1][1] += 1.0
+    header, muon, adamw, _ = convergence_report.short_runs(
+        {"signs": document()}, {"signs": short}
+    )
+    assert len(header) == len(muon)
+    assert muon[:2] == ["muon", "10 of 20"]
+    # 0.5 beside 1.1, 1.2 and 1.3; AdamW's own are each higher by 1.
+    assert muon[-1] == "-58.3 % (-61.5 to -54.5)"
+    assert adamw[-1] == "+83.3 % (+76.9 to +90.9)"
+
+
 def test_figures_and_tables_are_written(tmp_path, capsys) -> None:
     (tmp_path / "conv_net.json").write_text(json.dumps(document()), "utf-8")
     assert convergence_report.main([str(tmp_path)]) == 0
@@ -288,6 +318,12 @@ def test_the_guide_has_shares_of_the_steps_of_adamw() -> None:
     assert "| `muon`, `normuon` | 25 %, - | 100 %, - |" in text
     assert "| `lion`, `adam_mini` | -, - | never, - |" in text
     assert "| 25 % | 100 % |" in guide.claims({"signs": document()}, job)
+
+
+def test_optimizers_as_good_as_adamw_everywhere_and_nowhere() -> None:
+    text = guide.everywhere({"signs": document()})
+    assert "Of 2 optimizers" in text
+    assert text.endswith("on all: `muon`. These on none: `lion`.")
 
 
 def test_advice_is_of_optimizers_that_were_tuned() -> None:
