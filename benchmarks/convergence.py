@@ -360,11 +360,16 @@ def adamw_rate(optimizer: str, results: Results) -> float | None:
 
 
 def measure_times(
-    task: Task, optimizers: Iterable[str], results: Results, rounds: int
-) -> dict[str, Any]:
+    task: Task,
+    optimizers: Iterable[str],
+    results: Results,
+    rounds: int,
+    interruption: Interruption,
+) -> dict[str, Any] | None:
     """Milliseconds of a training step, by optimizer: [quartile, median, quartile].
 
-    Those of `BASELINE` are the first; the others come as ratios to it, too.
+    Those of `BASELINE` are the first; the others come as ratios to it, too. None if it
+    is interrupted.
     """
     runs = {name: Run(name, results.best_exponent(name), 0) for name in optimizers}
     trainers = {name: Trainer(task, name, adamw_rate(name, results)) for name in runs}
@@ -374,6 +379,8 @@ def measure_times(
     # The first round compiles, and has the first steps, which may be like no others.
     for index in range(rounds + 1):
         for at in generator.permutation(len(runs)):
+            if interruption.requested:
+                return None
             name = [*runs][at]
             seconds = 0.0
             for step in range(index * STEPS_IN_TURN, (index + 1) * STEPS_IN_TURN):
@@ -425,7 +432,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=TASKS,
         default=None,
-        help=f"(default: all; with --small {', '.join(SMALL_TASKS)})",
+        help=f"(default: all; with --small {', '.join(SMALL_TASKS)}; with --times "
+        "those with results)",
     )
     parser.add_argument(
         "--optimizers",
@@ -464,8 +472,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             f"--steps {options.steps}: runs have at least {VALIDATIONS} steps, one "
             "for each validation"
         )
-    if options.tasks is None:
-        options.tasks = [*(SMALL_TASKS if options.small else TASKS)]
     if options.optimizers is None:
         options.optimizers = [*(SMALL_OPTIMIZERS if options.small else OPTIMIZERS)]
     # Others are compared with it, and some take its learning rate.
@@ -477,6 +483,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.out = RESULTS.with_name(RESULTS.name + suffix)
     if options.steps is None and options.small:
         options.steps = SMALL_STEPS
+    if options.tasks is None:
+        options.tasks = [*(SMALL_TASKS if options.small else TASKS)]
+        if options.times:
+            options.tasks = [
+                name for name in TASKS if (options.out / f"{name}.json").exists()
+            ]
     return options
 
 
@@ -495,11 +507,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if interruption.requested:
                 break
             if options.times:
-                found = measure_times(task, options.optimizers, results, rounds)
-                others = results.times.get("optimizers", {})
-                results.times = {"optimizers": others | found, "rounds": rounds}
-                results.times |= circumstances()
-                results.write()
+                found = measure_times(
+                    task, options.optimizers, results, rounds, interruption
+                )
+                if found is not None:
+                    # Not beside those of another day, whose machine was another one.
+                    results.times = {"optimizers": found, "rounds": rounds}
+                    results.times |= circumstances()
+                    results.write()
                 continue
             benchmark(
                 name,

@@ -67,7 +67,8 @@ OPTIMIZERS = {
     "signum": Optimizer(ox.signum, 2e-4, SIGN),
     "lars": Optimizer(ox.lars, 2.0),
     "lamb": Optimizer(ox.lamb, 1e-2, ADAM),
-    "adafactor": Optimizer(ox.adafactor, 2e-2),
+    # Its default, 128, would leave most of these small matrices as they are.
+    "adafactor": Optimizer(ox.adafactor, 2e-2, {"min_dim_size_to_factor": 16}),
     "came": Optimizer(ox.came, 2e-3, ADAM),
     "sophia": Optimizer(ox.sophia, 2e-4, {"gamma": 0.05} | DECAY, needs_hessian=True),
     "muon": Optimizer(ox.muon, 4e-3),
@@ -79,4 +80,10 @@ OPTIMIZERS = {
     "soap": Optimizer(ox.soap, 4e-3),
     "kron": Optimizer(ox.kron, 1e-3, keeps_adamw_rate=True),
     "apollo": Optimizer(ox.apollo, 1e-2, {"rank": 16} | B2, keeps_adamw_rate=True),
+    "apollo_mini": Optimizer(
+        ox.apollo,
+        1e-2,
+        {"rank": 1, "scaling": "tensor", "scale": 128.0} | B2,
+        keeps_adamw_rate=True,
+    ),
 }

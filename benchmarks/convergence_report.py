@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -186,17 +186,26 @@ def markdown(documents: dict[str, dict[str, Any]]) -> str:
         ]
     devices = {run["device"] for x in documents.values() for run in x["runs"]}
     parts.append(
-        "The last validation loss in nats, median (smallest to largest) over three "
-        "seeds, at the best of seven learning rates, which were chosen with a fourth "
-        "seed; (end) where that is the lowest or the highest that was tried. Steps: "
-        "median over the seeds of the first validation at which a run is as good as "
-        "AdamW with its seed ever was; time to it: of AdamW's whole run, by the times "
+        "The last validation loss in nats, median (smallest to largest) over "
+        f"{_counts(documents, lambda row: row.losses)} seeds, at the best of "
+        f"{_counts(documents, lambda row: row.trials)} learning rates, which were "
+        "chosen with another seed; (end) where that is the lowest or the highest that "
+        "was tried. Steps: median over the seeds of the first validation at which a "
+        "run is as good as AdamW with its seed ever was; time to it: of AdamW's whole run, by the times "
         "of a step that were measured in turns. A third of the rate, three times: how "
         "much higher the loss of the trial is there. State: bytes per parameter of the "
-        f"network. On {', '.join(sorted(devices))}; "
+        "network. Kron's and APOLLO's rates are for hidden matrices, the rest keeps "
+        "AdamW's best; `apollo` has rank 16, `apollo_mini` rank 1. "
+        f"On {', '.join(sorted(devices))}; "
         "`python benchmarks/convergence.py` trains them."
     )
     return "\n\n".join(parts)
+
+
+def _counts(documents: dict[str, dict[str, Any]], of: Callable[[Row], Sized]) -> str:
+    """How many seeds or trials the rows have: a number, or from the fewest on."""
+    found = {len(of(row)) for document in documents.values() for row in rows(document)}
+    return str(found.pop()) if len(found) == 1 else f"{min(found)} to {max(found)}"
 
 
 def short_runs(

@@ -52,14 +52,18 @@ DRAWN = (BASELINE, "muon", "normuon", "soap")
 
 
 def best_trials(path: Path, steps: int) -> dict[str, dict[str, Any]]:
-    """The trial of the sweep with the lowest last validation loss, by label."""
+    """The trial of the sweep with the lowest last validation loss, by label.
+
+    Of those optimizers that have been tried with all of their learning rates.
+    """
     best: dict[str, dict[str, Any]] = {}
-    trials = list(sweep.trials(list(sweep.GRIDS), steps, seed=0))
-    for done in sweep.load(path):
-        if any(sweep.is_same(trial, done) for trial in trials):
-            other = best.setdefault(done["optimizer"], done)
-            if done["final_validation_loss"] < other["final_validation_loss"]:
-                best[done["optimizer"]] = done
+    done = sweep.load(path)
+    for name in sweep.GRIDS:
+        wanted = sweep.trials([name], steps, seed=0)
+        found = [[d for d in done if sweep.is_same(trial, d)] for trial in wanted]
+        if all(found):
+            mine = [trial for same in found for trial in same]
+            best[name] = min(mine, key=lambda trial: trial["final_validation_loss"])
     for label, (name, arguments) in VARIANTS.items():
         if name in best:
             best[label] = best[name] | {
@@ -157,12 +161,12 @@ def short_runs(runs: Sequence[dict[str, Any]], full: int = STEPS) -> list[list[s
     rows[0].append("of AdamW's best, same seed")
     for steps in sorted({run["steps"] for run in runs} - {full}):
         short = [run for run in runs if run["steps"] == steps]
+        latest = {run["optimizer"]: settings(run) for run in short}
         for line in summary(short):
             higher = [
                 100 * (run["validation"][-1][1] / goals[run["seed"]] - 1)
                 for run in short
-                if run["optimizer"] == line["optimizer"]
-                and run["learning_rate"] == line["learning_rate"]
+                if settings(run) == latest[line["optimizer"]]
             ]
             low, middle, high = line["loss"]
             rows.append(

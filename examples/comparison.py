@@ -113,15 +113,6 @@ def headline(runs: dict[str, Run]) -> str:
     return "; ".join(parts) or "Validation loss"
 
 
-def curve_style(index: int, points: int) -> dict[str, Any]:
-    """How the curve of a run is drawn, to be told from others without colour."""
-    return {
-        "linestyle": ("-", "--", "-.", ":")[index % 4],
-        "marker": "osv^Dx*P"[index % 8],
-        "markevery": max(1, points // 10),
-    }
-
-
 def plot(
     runs: dict[str, Run], path: Path, *, ylabel: str = LOSS_LABEL, log: bool = False
 ) -> None:

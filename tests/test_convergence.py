@@ -139,13 +139,24 @@ def test_runs_of_another_optimizer_are_refused(tmp_path, monkeypatch) -> None:
         Results("signs", task(), tmp_path)
 
 
-def test_an_interruption_keeps_what_is_finished(tmp_path) -> None:
+def test_an_interruption_keeps_what_is_finished(tmp_path, monkeypatch) -> None:
     results = Results("signs", task(), tmp_path)
-    interruption = SimpleNamespace(requested=True)
+    interruption = SimpleNamespace(requested=False)
+    step, steps = Trainer.step, []
+
+    def interrupted(*args):
+        # In the middle of the second run.
+        steps.append(args)
+        interruption.requested = len(steps) >= task().steps + 5
+        return step(*args)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
     convergence.benchmark(
         "signs", task(), ["adamw", "kron"], results, interruption, QUIET
     )
-    assert not results.runs
+    assert interruption.requested
+    assert list(results.runs) == [Run("adamw", 0, 0)]
+    assert len(json.loads(results.path.read_text("utf-8"))["runs"]) == 1
 
 
 def test_other_lengths_are_written_elsewhere() -> None:
@@ -164,7 +175,10 @@ def test_runs_without_room_for_their_validations_are_refused(capsys) -> None:
 
 def test_times_are_relative_to_adamw(tmp_path) -> None:
     results = run_all(tmp_path, ["adamw", "sgd"], trials=1, seeds=())
-    found = convergence.measure_times(task(), ["adamw", "sgd"], results, rounds=2)
+    names = ["adamw", "sgd"]
+    go, stop = (SimpleNamespace(requested=requested) for requested in (False, True))
+    assert convergence.measure_times(task(), names, results, 2, stop) is None
+    found = convergence.measure_times(task(), names, results, 2, go)
     assert found["adamw"]["ratio_to_adamw"] == [1.0, 1.0, 1.0]
     low, middle, high = found["sgd"]["milliseconds"]
     assert 0 < low <= middle <= high
@@ -291,6 +305,8 @@ def test_figures_and_tables_are_written(tmp_path, capsys) -> None:
 def test_the_table_of_a_page_has_all_rows() -> None:
     text = convergence_report.markdown({"signs": document()})
     assert "signs, 20 steps in batches of 16:" in text
+    # Lion has fewer of both than the others.
+    assert "over 1 to 3 seeds, at the best of 1 to 3 learning rates" in text
     found = [line for line in text.splitlines() if line.startswith("|")]
     assert [line.split(" | ")[0] for line in found[2:]] == [
         "| muon",
@@ -316,7 +332,7 @@ def test_the_guide_has_shares_of_the_steps_of_adamw() -> None:
     assert f"| {guide.MAIN_JOB} | signs |" in text
     # NorMuon was not trained; Lion never gets there, and was not in the main job.
     assert "| `muon`, `normuon` | 25 %, - | 100 %, - |" in text
-    assert "| `lion`, `adam_mini` | -, - | never, - |" in text
+    assert "| `adam_mini`, `lion` | -, - | -, never |" in text
     assert "| 25 % | 100 % |" in guide.claims({"signs": document()}, job)
 
 

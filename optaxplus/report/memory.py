@@ -68,7 +68,7 @@ class MemoryReport:
         }
         header = [f"{self.num_params:,} parameters", "bytes", "per parameter"]
         rows = [
-            [name, format_bytes(count), f"{count / max(self.num_params, 1):.3f}"]
+            [name, format_bytes(count), f"{_ratio(count, self.num_params):.3f}"]
             for name, count in entries.items()
         ]
         if self.per_device is not None:
@@ -105,8 +105,9 @@ def memory_report(
       grads_dtype: Dtype of the gradients; None is that of the parameters. Every
         parameter is counted, also one that `tx` leaves alone, whose gradient a compiled
         step may leave out.
-      frozen: More parameters, which have no gradients and which `tx` never sees, as
-        the base of a LoRA that is differentiated for its factors alone.
+      frozen: More parameters, given as `params` are, which have no gradients and which
+        `tx` never sees, as the base of a LoRA that is differentiated for its factors
+        alone; None for none.
 
     Returns:
       A `MemoryReport`; `str()` prints it, `to_dict()` is the data.
@@ -127,9 +128,12 @@ def memory_report(
     """
     name = "memory_report"
     validation.check_transformation(name, "tx", tx)
-    if isinstance(params, str):
-        validation.check_choice(name, "params", params, MODELS)
-        params = abstract_params(params)
+    trees = {"params": params, "frozen": frozen}
+    for argument, tree in trees.items():
+        if isinstance(tree, str):
+            validation.check_choice(name, argument, tree, MODELS)
+            trees[argument] = abstract_params(tree)
+    params, frozen = trees.values()
     if grads_dtype is not None:
         validation.check_floating_dtype(name, grads_dtype=grads_dtype)
     trained, rest = jax.eval_shape(lambda *both: both, params, frozen)
@@ -149,11 +153,15 @@ def memory_report(
         grads=sizes[1],
         state=sizes[2],
         total=sum(sizes),
-        bytes_per_param=sum(sizes) / num_params if num_params else 0.0,
+        bytes_per_param=_ratio(sum(sizes), num_params),
         by_label=_by_label(state),
         by_dtype=by_dtype,
         per_device=_per_device(tx, params, frozen, grads, state),
     )
+
+
+def _ratio(count: int, num_params: int) -> float:
+    return count / num_params if num_params else 0.0
 
 
 def _per_device(

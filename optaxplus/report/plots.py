@@ -423,10 +423,13 @@ def _of_runs(runs: np.ndarray) -> str:
 
 
 def _until(steps: np.ndarray, finite: Any) -> str:
-    """Says from where on a curve is not finite."""
+    """Says where a curve is not finite: from some point on, or in how many points."""
     if finite.all():
         return ""
-    return f" (not finite from {steps[np.argmin(finite)]:g})"
+    first = np.argmin(finite)
+    if finite[first:].any():
+        return f" (not finite in {np.sum(~finite)} of {len(finite)} points)"
+    return f" (not finite from {steps[first]:g})"
 
 
 def _shades(values: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -247,6 +247,8 @@ def _read_call(
             raise _refusal(
                 text, f"arguments of {function.id} are {', '.join(map(repr, known))}"
             )
+        if keyword.arg in arguments:
+            raise _refusal(text, f"{keyword.arg} must be given once")
         try:
             arguments[keyword.arg] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError) as error:

@@ -67,7 +67,8 @@ def format_bytes(count: float) -> str:
     Returns:
       A number of four significant digits with its unit, such as "13.48 GB".
     """
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    units = {"PB": 1e15, "TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
+    for unit, size in units.items():
         if count >= size:
             return f"{count / size:.4g} {unit}"
     return f"{count:.0f} B"

@@ -75,6 +75,9 @@ def test_empty_tree():
     report = ox.memory_report(ox.sgd(0.1), {})
     assert (report.total, report.num_params, report.bytes_per_param) == (0, 0, 0.0)
     assert "total" in str(report)
+    # A count of steps is 4 bytes, of no parameter.
+    _, rows = ox.memory_report(ox.adamw(0.1), {}).table()
+    assert {row[2] for row in rows} == {"0.000"}
 
 
 def test_prints_an_aligned_table_and_gives_plain_data():
@@ -92,6 +95,13 @@ def test_a_name_stands_for_the_model():
     params = ox.abstract_params("gpt2-small")
     assert report == ox.memory_report(tx, params, grads_dtype="bfloat16")
     assert report.params == 4 * 124_439_808
+
+
+def test_a_name_stands_for_what_is_frozen_too():
+    report = ox.memory_report(ox.adamw(0.1), PARAMS, frozen="gpt2-small")
+    assert report.num_params == NUM_PARAMS + 124_439_808
+    with pytest.raises(ValueError, match=r"memory_report: frozen='gpt' .* 'llama-70b'"):
+        ox.memory_report(ox.adamw(0.1), PARAMS, frozen="gpt")
 
 
 def test_refuses_a_name_of_nothing():

@@ -234,12 +234,14 @@ def test_paths_are_drawn_from_their_start_to_their_end():
 def test_paths_that_leave_or_diverge_say_so(tmp_path):
     far = [[1, 1], [1e30, -1e30]]
     broken = [[1, 1], [0, 1], [np.nan, 1], [np.inf, 0]]
-    paths = {"far": far, "broken": broken, "none": [[np.nan, np.nan]]}
+    gap = [[1, 1], [np.nan, 1], [0, 0]]
+    paths = {"far": far, "broken": broken, "none": [[np.nan, np.nan]], "gap": gap}
     figure = plots.trajectories(BOWL, paths, path=tmp_path / "a.svg")
     assert {"far (ends outside)", "broken (not finite from 2)"} <= lines_of(
         figure
     ).keys()
     assert "none (not finite from 0)" in lines_of(figure)
+    assert "gap (not finite in 1 of 3 points)" in lines_of(figure)
 
 
 def test_rows_of_the_surface_are_y():
