@@ -128,12 +128,12 @@ def memory_report(
     """
     name = "memory_report"
     validation.check_transformation(name, "tx", tx)
-    trees = {"params": params, "frozen": frozen}
-    for argument, tree in trees.items():
+    given = {"params": params, "frozen": frozen}
+    for argument, tree in given.items():
         if isinstance(tree, str):
             validation.check_choice(name, argument, tree, MODELS)
-            trees[argument] = abstract_params(tree)
-    params, frozen = trees.values()
+            given[argument] = abstract_params(tree)
+    params, frozen = given.values()
     if grads_dtype is not None:
         validation.check_floating_dtype(name, grads_dtype=grads_dtype)
     trained, rest = jax.eval_shape(lambda *both: both, params, frozen)
