@@ -5,7 +5,7 @@ return several trees.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ __all__ = [
     "find_nodes",
     "increment",
     "init_moment",
+    "is_function",
     "is_holder",
     "leaves_with_paths",
     "map_several",
@@ -34,6 +35,15 @@ __all__ = [
     "unflatten_like",
     "widen",
 ]
+
+
+def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether `value` is to be called, and not a tree that can be called.
+
+    A module of NNX or Equinox is both a tree and callable, and so is a tree of axes or
+    bools of its structure.
+    """
+    return callable(value) and jax.tree_util.all_leaves([value])
 
 
 def is_holder(node: Any) -> bool:
@@ -205,7 +215,7 @@ def resolve_mask(function: str, mask: Mask, tree: PyTree) -> PyTree:
     """
     if mask is None:
         return jax.tree.map(lambda _: True, tree)
-    if callable(mask):
+    if is_function(mask):
         mask = mask(tree)
     for path, entry in leaves_with_paths(mask):
         if not isinstance(entry, bool | np.bool_):

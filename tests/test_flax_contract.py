@@ -94,3 +94,25 @@ def test_linen_with_boxes(case: Case) -> None:
         jax.tree.leaves(params), jax.tree.leaves(after.params), strict=True
     ):
         assert (old != new).any()
+
+
+@pytest.mark.parametrize("name", ["muon", "lamb", "adamw"])
+def test_a_module_is_a_tree_though_it_can_be_called(name: str) -> None:
+    # Of its structure are the axes that are made for it.
+    model = Model(nnx.Rngs(0))
+    tx = getattr(ox, name)(0.01, mask=ox.decay_mask)
+    state = tx.init(model)
+    updates, after = tx.update(model, state, model)
+    assert_same_types(after, state)
+    assert_finite(updates)
+
+
+def test_a_mask_may_have_the_structure_of_a_module() -> None:
+    model = Model(nnx.Rngs(0))
+    mask = jax.tree.map(lambda p: p.ndim > 1, model)
+    tx = ox.adamw(0.01, mask=mask)
+    updates, _ = tx.update(model, tx.init(model), model)
+    free = ox.adamw(0.01, weight_decay=0.0)
+    plain, _ = free.update(model, free.init(model), model)
+    assert (updates.norm.scale[...] == plain.norm.scale[...]).all()
+    assert (updates.hidden.kernel[...] != plain.hidden.kernel[...]).any()

@@ -469,7 +469,7 @@ def axes_of(function: str, axes: Axes, tree: PyTree) -> PyTree:
         remedy = "axes=ox.infer_matrix_axes(params, {rules})"
         decisions = decide(function, tree, DEFAULT_RULES, remedy)
         axes = trees.unflatten_like(tree, [d.axes for d in decisions])
-    elif callable(axes):
+    elif trees.is_function(axes):
         axes = axes(tree)
     try:
         spread = jax.tree.map(

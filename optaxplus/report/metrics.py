@@ -116,7 +116,7 @@ def with_metrics(
     """
     name = "with_metrics"
     validation.check_transformation(name, "tx", tx)
-    if not callable(labels):
+    if not trees.is_function(labels):
         _check_strings(name, labels)
     wrapped = optax.with_extra_args_support(tx)
 
@@ -250,7 +250,7 @@ def _by_label(name: str, labels: PyTree, tree: PyTree) -> dict[str, _Sum]:
 
 
 def _label_tree(name: str, labels: Any, params: PyTree) -> PyTree:
-    if not callable(labels):
+    if not trees.is_function(labels):
         return _ALL if labels is None else labels
     label_tree = labels(params)
     _check_strings(name, label_tree)
