@@ -101,7 +101,6 @@ def test_resumed_on_explicit_axes(trained, tmp_path):
     assert resumed["restored"]["largest_difference"] < TOLERANCE
 
 
-@pytest.mark.slow
 def test_two_processes_on_another_mesh(trained, tmp_path):
     """They take the same steps as one, and stop together when one is interrupted."""
     with socket.socket() as free:
