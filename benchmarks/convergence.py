@@ -10,15 +10,13 @@ seed, their time beside AdamW's, and how much a wrong learning rate costs.
     python benchmarks/convergence.py                     # hours
     python benchmarks/convergence.py --tasks conv_net --optimizers adamw muon
     python benchmarks/convergence.py --steps 300 --optimizers muon normuon adamuon soap
-    python benchmarks/convergence.py --times             # minutes, on an idle machine
     python benchmarks/convergence.py --small             # under two minutes
 
 `--steps 300` asks whether half of the steps, with a schedule and learning rates of
 their own, are enough.
 
-`--times` trains with all optimizers in turns, some steps each, so that what else the
-machine does slows all of them alike; the runs before it, hours apart, are not compared
-by their seconds.
+The runs are hours apart and not compared by their seconds; `convergence_times.py`
+measures those of a step.
 
 Each run is written to `--out`, a folder, when it ends, and runs that are there are
 skipped: the script can be stopped and started again at any time, also with other
@@ -40,7 +38,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -64,12 +61,10 @@ TRIALS = 7
 SEEDS = (1, 2, 3)
 WARMUP_SHARE = 0.05
 VALIDATIONS = 20
+SMALL_RESULTS = Path("runs/convergence")
 SMALL_STEPS = 20
 SMALL_TASKS = ("small_gpt", "conv_net", "recurrent_net")
 SMALL_OPTIMIZERS = ("adamw", "muon", "kron")
-# Steps of an optimizer before it is the turn of the next: two refreshes of SOAP.
-STEPS_IN_TURN = 20
-ROUNDS = 7
 
 
 @dataclass(frozen=True)
@@ -359,51 +354,6 @@ def adamw_rate(optimizer: str, results: Results) -> float | None:
     return rate_of(BASELINE, results.best_exponent(BASELINE))
 
 
-def measure_times(
-    task: Task,
-    optimizers: Iterable[str],
-    results: Results,
-    rounds: int,
-    interruption: Interruption,
-) -> dict[str, Any] | None:
-    """Milliseconds of a training step, by optimizer: [quartile, median, quartile].
-
-    Those of `BASELINE` are the first; the others come as ratios to it, too. None if it
-    is interrupted.
-    """
-    runs = {name: Run(name, results.best_exponent(name), 0) for name in optimizers}
-    trainers = {name: Trainer(task, name, adamw_rate(name, results)) for name in runs}
-    milliseconds: dict[str, list[float]] = {name: [] for name in runs}
-    generator = np.random.default_rng(0)
-    states = {name: [*trainers[name].start(run)] for name, run in runs.items()}
-    # The first round compiles, and has the first steps, which may be like no others.
-    for index in range(rounds + 1):
-        for at in generator.permutation(len(runs)):
-            if interruption.requested:
-                return None
-            name = [*runs][at]
-            seconds = 0.0
-            for step in range(index * STEPS_IN_TURN, (index + 1) * STEPS_IN_TURN):
-                *states[name], _, duration = trainers[name].step(
-                    runs[name], step, *states[name]
-                )
-                seconds += duration
-            if index:
-                milliseconds[name].append(1e3 * seconds / STEPS_IN_TURN)
-    baseline = np.array(milliseconds[BASELINE])
-    return {
-        name: {
-            "milliseconds": _quartiles(np.array(found)),
-            f"ratio_to_{BASELINE}": _quartiles(np.array(found) / baseline),
-        }
-        for name, found in milliseconds.items()
-    }
-
-
-def _quartiles(values: np.ndarray) -> list[float]:
-    return [round(float(x), 4) for x in np.quantile(values, (0.25, 0.5, 0.75))]
-
-
 @contextlib.contextmanager
 def progress(
     name: str, run: Run, steps: int, console: Console
@@ -432,8 +382,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=TASKS,
         default=None,
-        help=f"(default: all; with --small {', '.join(SMALL_TASKS)}; with --times "
-        "those with results)",
+        help=f"(default: all; with --small {', '.join(SMALL_TASKS)})",
     )
     parser.add_argument(
         "--optimizers",
@@ -448,11 +397,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=None,
         help=f"of every run (default: those of the task; with --small {SMALL_STEPS})",
-    )
-    parser.add_argument(
-        "--times",
-        action="store_true",
-        help="measure the times of a step, of optimizers whose trials are there",
     )
     parser.add_argument(
         "--small",
@@ -477,7 +421,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     # Others are compared with it, and some take its learning rate.
     options.optimizers = list(dict.fromkeys([BASELINE, *options.optimizers]))
     if options.out is None and options.small:
-        options.out = Path("runs/convergence")
+        options.out = SMALL_RESULTS
     elif options.out is None:
         suffix = "" if options.steps is None else f"_{options.steps}"
         options.out = RESULTS.with_name(RESULTS.name + suffix)
@@ -485,10 +429,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.steps = SMALL_STEPS
     if options.tasks is None:
         options.tasks = [*(SMALL_TASKS if options.small else TASKS)]
-        if options.times:
-            options.tasks = [
-                name for name in TASKS if (options.out / f"{name}.json").exists()
-            ]
     return options
 
 
@@ -497,7 +437,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     console = Console()
     counts = {"trials": 1, "seeds": SEEDS[:1]} if options.small else {}
-    rounds = 1 if options.small else ROUNDS
     with Interruption() as interruption:
         for name in options.tasks:
             task = TASKS[name]()
@@ -506,16 +445,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results = Results(name, task, options.out)
             if interruption.requested:
                 break
-            if options.times:
-                found = measure_times(
-                    task, options.optimizers, results, rounds, interruption
-                )
-                if found is not None:
-                    # Not beside those of another day, whose machine was another one.
-                    results.times = {"optimizers": found, "rounds": rounds}
-                    results.times |= circumstances()
-                    results.write()
-                continue
             benchmark(
                 name,
                 task,

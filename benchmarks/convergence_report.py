@@ -195,10 +195,10 @@ def markdown(documents: dict[str, dict[str, Any]]) -> str:
         "run, by the times of a step that were measured in turns. A third of the rate, "
         "three times: how much higher the loss of the trial is there. State: bytes per "
         "parameter of the network. Kron's and APOLLO's rates are for hidden matrices, "
-        "the rest keeps "
-        "AdamW's best; `apollo` has rank 16, `apollo_mini` rank 1. "
+        "the rest keeps AdamW's best; `apollo` has rank 16, `apollo_mini` rank 1. "
         f"On {', '.join(sorted(devices))}; "
-        "`python benchmarks/convergence.py` trains them."
+        "`python benchmarks/convergence.py` trains them, and "
+        "`python benchmarks/convergence_times.py` measures the times."
     )
     return "\n\n".join(parts)
 

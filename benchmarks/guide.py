@@ -192,13 +192,23 @@ def markdown(
         "The share of AdamW's steps until its best loss is reached, median of three "
         "seeds; every optimizer at its own best learning rate, of seven, and of four "
         "or more in the main job, where fewer were tuned. Losses were looked at "
-        f"{convergence.VALIDATIONS} times a run, so shares are that coarse.",
+        f"{convergence.VALIDATIONS} times a run (main job: "
+        f"{train_gpt_seeds.train_gpt.VALIDATIONS}), so shares are that coarse.",
     ]
     return "\n".join(lines)
 
 
 def everywhere(documents: Mapping[str, dict[str, Any]]) -> str:
-    """Which optimizers are as good as AdamW on every task, and which on none."""
+    """Which optimizers are as good as AdamW on every task, on none, or in more time."""
+    slower = {
+        document["job"]["title"]: [
+            f"`{row.optimizer}`"
+            for row in convergence_report.rows(document)
+            if row.time is not None
+            and 1 < row.time * median(row.steps) / document["job"]["steps"] < math.inf
+        ]
+        for document in documents.values()
+    }
     shares = [_shares(document) for document in documents.values()]
     names = sorted(set.union(*map(set, shares)) - {train_gpt_seeds.BASELINE})
     reached = {
@@ -212,7 +222,12 @@ def everywhere(documents: Mapping[str, dict[str, Any]]) -> str:
     return (
         f"Of {len(names)} optimizers beside AdamW in these {len(shares)} tasks, these "
         f"reach its best loss within its steps on all: {listed(all)}. These on none: "
-        f"{listed(lambda found: not any(found))}."
+        f"{listed(lambda found: not any(found))}. On the way to that loss these take "
+        "longer than AdamW's whole run, in no more steps: "
+        + "; ".join(
+            f"{', '.join(x) or 'none'} ({title})" for title, x in slower.items()
+        )
+        + "."
     )
 
 

@@ -95,7 +95,7 @@ METHODS = (
         "nadam",
         ox.nadam(0.1),
         "[Dozat 2016](https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ)",
-        "short runs: fewer steps than AdamW on all three tasks measured here",
+        "a cheap trial beside AdamW, in short runs most of all",
         "large models of language: no advantage published",
     ),
     Method(

@@ -15,6 +15,7 @@ from benchmarks import (
     convergence,
     convergence_report,
     convergence_tasks,
+    convergence_times,
     guide,
     train_gpt_seeds,
 )
@@ -177,8 +178,8 @@ def test_times_are_relative_to_adamw(tmp_path) -> None:
     results = run_all(tmp_path, ["adamw", "sgd"], trials=1, seeds=())
     names = ["adamw", "sgd"]
     go, stop = (SimpleNamespace(requested=requested) for requested in (False, True))
-    assert convergence.measure_times(task(), names, results, 2, stop) is None
-    found = convergence.measure_times(task(), names, results, 2, go)
+    assert convergence_times.measure_times(task(), names, results, 2, stop) is None
+    found = convergence_times.measure_times(task(), names, results, 2, go)
     assert found["adamw"]["ratio_to_adamw"] == [1.0, 1.0, 1.0]
     low, middle, high = found["sgd"]["milliseconds"]
     assert 0 < low <= middle <= high
@@ -339,7 +340,12 @@ def test_the_guide_has_shares_of_the_steps_of_adamw() -> None:
 def test_optimizers_as_good_as_adamw_everywhere_and_nowhere() -> None:
     text = guide.everywhere({"signs": document()})
     assert "Of 2 optimizers" in text
-    assert text.endswith("on all: `muon`. These on none: `lion`.")
+    assert "on all: `muon`. These on none: `lion`. " in text
+    # All of AdamW's steps, of 1.5 times its time.
+    assert text.endswith("no more steps: `muon` (signs).")
+    quick = document()
+    quick["times"]["optimizers"]["muon"]["ratio_to_adamw"] = [0.8, 0.9, 1.0]
+    assert guide.everywhere({"signs": quick}).endswith("no more steps: none (signs).")
 
 
 def test_advice_is_of_optimizers_that_were_tuned() -> None:
