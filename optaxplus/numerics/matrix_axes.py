@@ -120,7 +120,8 @@ def resolve_axes(axes: MatrixAxes, shape: tuple[int, ...]) -> MatrixAxes:
     if axes.splits and sum(axes.splits) != width:
         raise ValueError(
             f"{axes} does not fit shape {shape}: the splits add up to "
-            f"{sum(axes.splits)}, the flattened fan_out has {width}"
+            f"{sum(axes.splits)}, the flattened fan_out has {width} (in a stack, "
+            "negative axes count from behind its axis of layers)"
         )
     return MatrixAxes(fan_in, fan_out, axes.splits)
 

@@ -24,17 +24,11 @@ from optaxplus.partition.rules import (
     check_rules,
     stacked,
 )
-from optaxplus.partition.stacks import (
-    NO_SIBLINGS,
-    Shape,
-    Siblings,
-    layer_axes,
-    layer_shape,
-    siblings_of,
-    with_layer_axes,
-)
+from optaxplus.partition.stacks import Shape, layer_shape, with_layer_axes
+from optaxplus.partition.views import View
 
 __all__ = [
+    "ROLES",
     "Decision",
     "axes_of",
     "check_labels",
@@ -97,7 +91,7 @@ def decide(
     named = [repr(known) for known in (DEFAULT_RULES, LORA_RULES) if known == rules]
     leaves = _by_path(function, params)
     shapes = {path: jax.numpy.shape(leaf) for path, leaf in leaves.items()}
-    view = _View(function, shapes, is_masked=_is_masked(params))
+    view = View(function, shapes, is_masked=_is_masked(params))
     decisions, undecided = [], {}
     for path, leaf in leaves.items():
         answers = _answers(rules, path, view)
@@ -152,7 +146,7 @@ def roles_by_path(
     _check_order(function, rules)
     leaves = _by_path(function, params)
     shapes = {path: jax.numpy.shape(leaf) for path, leaf in leaves.items()}
-    view = _View(function, shapes, is_masked=_is_masked(params))
+    view = View(function, shapes, is_masked=_is_masked(params))
     firsts = {path: next(_answers(rules, path, view), None) for path in leaves}
     return {path: first and first[0].role for path, first in firsts.items()}
 
@@ -170,7 +164,7 @@ def _check_order(function: str, rules: Sequence[Rule]) -> None:
 
 
 def _stacks_that_decide(
-    undecided: Mapping[str, Shape], rules: Sequence[Rule], view: "_View"
+    undecided: Mapping[str, Shape], rules: Sequence[Rule], view: View
 ) -> list[Stack]:
     """Stacks with which no parameter in them would be undecided."""
     found = []
@@ -203,64 +197,6 @@ def _is_masked(params: PyTree) -> bool:
     return any(map(is_mask, jax.tree.leaves(params, is_leaf=is_mask)))
 
 
-class _View:
-    """The shapes that rules may look at: of the whole tree, or without a stack's axis.
-
-    The default rules know paths with dots in place of slashes, as in a flat dictionary
-    of "h.0.attn.c_attn.weight". In a tree of which part is masked away nothing counts
-    as evidence.
-    """
-
-    def __init__(self, function: str, shapes: Mapping[str, Shape], *, is_masked: bool):
-        self.function = function
-        self.shapes = shapes
-        self.is_masked = is_masked
-        is_flat = not any("/" in path for path in shapes)
-        self.slashed = {
-            path: path.replace(".", "/") if is_flat else path for path in shapes
-        }
-        by_slashes = {self.slashed[path]: shape for path, shape in shapes.items()}
-        proven = {} if is_masked else layer_axes(by_slashes)
-        self.layers = {path: proven.get(self.slashed[path], ()) for path in shapes}
-        self._siblings = {} if is_masked else siblings_of(shapes)
-        self._siblings_in_layer = (
-            {}
-            if is_masked
-            else siblings_of(
-                {
-                    path: layer_shape(shape, proven[path])
-                    for path, shape in by_slashes.items()
-                },
-                by_slashes,
-            )
-        )
-        self._stacks: dict[tuple[str, int], _View] = {}
-
-    def siblings(self, path: str) -> Siblings:
-        """What is beside a parameter."""
-        return self._siblings.get(path.rpartition("/")[0], NO_SIBLINGS)
-
-    def siblings_in_layer(self, path: str) -> Siblings:
-        """What is beside a parameter, given with slashes, in one layer."""
-        return self._siblings_in_layer.get(path.rpartition("/")[0], NO_SIBLINGS)
-
-    def without(self, pattern: str, axis: int) -> "_View":
-        """The view of one layer of the stacks whose paths match `pattern`."""
-        if (pattern, axis) not in self._stacks:
-            shapes = dict(self.shapes)
-            for path, shape in shapes.items():
-                if re.search(pattern, path):
-                    if not axis < len(shape):
-                        raise ValueError(
-                            f"{self.function}: stacked({pattern!r}, axis={axis}): "
-                            f"parameter {path!r} of shape {shape} has no axis {axis}."
-                        )
-                    shapes[path] = layer_shape(shape, (axis,))
-            view = _View(self.function, shapes, is_masked=self.is_masked)
-            self._stacks[pattern, axis] = view
-        return self._stacks[pattern, axis]
-
-
 # Whatever is not among them somebody wrote for the model at hand.
 _OURS = frozenset((*DEFAULT_RULES, *LORA_RULES))
 
@@ -275,7 +211,7 @@ def _is_own(rule: Rule) -> bool:
 
 
 def _answers(
-    rules: Sequence[Rule], path: str, view: _View
+    rules: Sequence[Rule], path: str, view: View
 ) -> Iterator[tuple[Rule, MatrixAxes]]:
     """The first rule that decides and its axes, then one's own behind it.
 
@@ -299,7 +235,7 @@ def _answers(
             yield rule, axes
 
 
-def _axes_by(rule: Rule, path: str, view: _View) -> MatrixAxes | None:
+def _axes_by(rule: Rule, path: str, view: View) -> MatrixAxes | None:
     """The axes that a rule gives a parameter, non-negative; None if it does not."""
     known_as = view.slashed[path] if rule.per_layer else path
     if not re.search(rule.pattern, known_as):
@@ -390,9 +326,8 @@ def infer_roles(params: PyTree, rules: Sequence[Rule] = DEFAULT_RULES) -> PyTree
     return trees.unflatten_like(params, [decision.role for decision in decisions])
 
 
-_LABELS = {"hidden": "muon", "frozen": "frozen"} | dict.fromkeys(
-    ("embedding", "head", "vector", "other"), "adamw"
-)
+ROLES = ("hidden", "embedding", "head", "vector", "other", "frozen")
+_LABELS = dict.fromkeys(ROLES, "adamw") | {"hidden": "muon", "frozen": "frozen"}
 
 
 def label_of_role(role: str, labels: Mapping[str, str] | None = None) -> str:

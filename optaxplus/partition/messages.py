@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from optaxplus.partition import names
 from optaxplus.partition.stacks import Shape
 
 __all__ = ["Stack", "stack_candidates", "undecided_message"]
@@ -55,12 +56,22 @@ def stack_candidates(
 ) -> list[Stack]:
     """What the undecided parameters may be stacks of, the first axis first.
 
-    For each axis the outermost module of several parameters that have it in common; the
-    whole tree only if no module in it is one.
+    For each of them that no other's stack contains, and for each axis, the outermost
+    module of several parameters that have it in common; the whole tree only if no
+    module in it is one.
     """
+    found: list[Stack] = []
+    for path in undecided:
+        if not any(re.search(stack.pattern, path) for stack in found):
+            found += _stacks_around(path, shapes)
+    return found
+
+
+def _stacks_around(path: str, shapes: Mapping[str, Shape]) -> list[Stack]:
+    """What one parameter may be stacked in, the first axis first."""
     found = []
     for axis in (0, 1):
-        module = next(iter(undecided)).rpartition("/")[0]
+        module = path.rpartition("/")[0]
         best = None
         while True:
             prefix = f"{module}/" if module else ""
@@ -131,6 +142,10 @@ def undecided_message(
             f"parameters{where}, of size {stack.size}, counts layers, pass",
             f"  {remedy.format(rules=call)}",
         ]
+    first = {stack.module: stack.call for stack in reversed(stacks)}
+    if len(first) > 1:
+        call = f"({', '.join(reversed(first.values()))}, *{given})"
+        lines += ["and if all of these are stacks", f"  {remedy.format(rules=call)}"]
     lines += [
         f"{'Otherwise put' if stacks else 'Put'} rules in front that say what the axes "
         "are. fan_in are those that the forward product sums over, fan_out those of "
@@ -186,18 +201,29 @@ def _suggestions(pattern: str, shape: Shape) -> list[tuple[str, str, str]]:
         return [(f"ox.MatrixAxes((), {tuple(range(rank))})", "vector", "one vector")]
     if rank == 2:
         rows, columns = shape
-        return [
+        vectors = [
             ("ox.MatrixAxes((), (1,))", "vector", f"{rows} vectors of {columns}"),
             ("ox.MatrixAxes((), (0, 1))", "vector", "one vector"),
-            ("ox.MatrixAxes((0,), (1,))", "hidden", f"a matrix {rows} -> {columns}"),
         ]
+        axes = "ox.MatrixAxes((0,), (1,))"
+        matrix = (axes, "hidden", f"a matrix {rows} -> {columns}")
+        if re.search(names.BIAS, pattern.strip("^$")):
+            return [*vectors, matrix]
+        table = (axes, "embedding", f"a table of {rows} entries")
+        head = (axes, "head", f"the output head, onto {columns}")
+        if re.search(names.KERNEL, pattern.strip("^$")):
+            return [matrix, head, *vectors]
+        return (
+            [table, matrix, head, *vectors]
+            if "emb" in pattern
+            else [matrix, table, head, *vectors]
+        )
     one_last = math.prod(shape[:-1])
     suggestions = [
         (
             f"ox.MatrixAxes(({last - 1},), ({last},))",
             "hidden",
-            f"{one_last // max(shape[-2], 1)} matrices {shape[-2]} -> {shape[-1]}: "
-            "layers or experts",
+            f"{_matrices(one_last // max(shape[-2], 1))} {shape[-2]} -> {shape[-1]}",
         ),
         (
             f"ox.MatrixAxes({tuple(range(last))}, ({last},))",
@@ -223,8 +249,14 @@ def _suggestions(pattern: str, shape: Shape) -> list[tuple[str, str, str]]:
     if sum(size > 1 for size in shape) <= 1:
         return [whole, *suggestions[:1]]
     if rank == 3 and not re.search(r"kernel|weight", pattern):
-        suggestions += [table, whole]
+        # (1, n, features) is what tables of positions broadcast as.
+        suggestions.insert(0 if shape[0] == 1 else len(suggestions), table)
+        suggestions.append(whole)
     if shape[-2] == 1:
         axes, _, _ = suggestions[0 if rank >= 4 and len({*shape[:-2]}) == 1 else 1]
         suggestions.insert(0, (axes, "other", "a depthwise convolution"))
     return suggestions
+
+
+def _matrices(count: int) -> str:
+    return "one matrix" if count == 1 else f"{count} matrices, layers or experts,"

@@ -228,7 +228,8 @@ def stacked(
     Raises:
       TypeError: If an argument has a wrong type.
       ValueError: If an argument is out of range; when the rules are used, if a
-        parameter under the pattern has no such axis.
+        parameter under the pattern has no such axis, or those of one module have it in
+        different sizes.
 
     Example:
       >>> import jax, optaxplus as ox

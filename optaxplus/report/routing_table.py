@@ -5,12 +5,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 from optaxplus.custom_types import PyTree
 from optaxplus.numerics.matrix_axes import MatrixAxes
 from optaxplus.partition import names
 from optaxplus.partition.inference import (
+    ROLES,
     Decision,
     check_labels,
     decide,
@@ -59,8 +61,7 @@ class RoutingRow:
     @property
     def matrix(self) -> str:
         """The matrix view, "batch x (fan_in -> fan_out)"; of vectors, their length."""
-        rows = math.prod(self.shape[axis] for axis in self.axes.fan_in)
-        columns = math.prod(self.shape[axis] for axis in self.axes.fan_out)
+        rows, columns = _matrix_sizes(self)
         batch = self.size // max(rows * columns, 1)
         block = _join(self.axes.splits) if self.axes.splits else f"{columns}"
         if self.axes.is_matrix:
@@ -128,11 +129,9 @@ class RoutingTable:
                 for label, count in sorted(self.parameters_by_label().items())
             ),
         ]
-        tables = {
-            row.shape[::-1]: row.path for row in self.rows if row.role == "embedding"
-        }
+        tree = _Tree(self.rows)
         for row in _folded(self.rows):
-            lines += (f"{row.path}: {note}" for note in _notes(row, tables))
+            lines += (f"{row.path}: {note}" for note in _notes(row, tree))
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -150,8 +149,9 @@ def explain_routing(
     is orthogonalized along the wrong axes, fails silently. Parameters that differ only
     in the numbers in their paths share a line: "block_{0-11}/mlp/up/kernel". Under the
     table stand the totals, and what to look at: rules of your own that another one
-    overruled or that take an axis of layers for one of a matrix, fused projections that
-    nothing splits, hidden matrices that have the shape of an output head.
+    overruled or that take an axis of layers for one of a matrix, roles that look
+    misspelt, fused projections that nothing splits, and hidden matrices whose shapes
+    are those of an embedding, an output head or a router.
 
     Args:
       params: Tree of arrays or `jax.ShapeDtypeStruct`s.
@@ -205,13 +205,65 @@ def _join(splits: Sequence[int]) -> str:
     return " | ".join(map(str, splits))
 
 
-def _notes(row: RoutingRow, tables: Mapping[tuple[int, ...], str]) -> Iterator[str]:
-    """What a reader should look at.
+class _Tree:
+    """What the shapes of all parameters tell of a hidden matrix among them.
 
-    Args:
-      row: What was decided.
+    Attributes:
       tables: Paths of embeddings by their shape the other way round.
     """
+
+    def __init__(self, rows: Sequence[RoutingRow]):
+        self.tables = {
+            row.shape[::-1]: row.path for row in rows if row.role == "embedding"
+        }
+        hidden = [row for row in rows if row.role == "hidden"]
+        self._has_others = len(hidden) > 1
+        self._has_ends = any(row.role in ("embedding", "head") for row in rows)
+        self._experts = [
+            (row.path, row.shape[axis])
+            for row in hidden
+            if row.rule.startswith("experts")
+            for axis in range(len(row.shape))
+            if axis not in (*row.axes.fan_in, *row.axes.fan_out, *row.layers)
+        ]
+        self._ends = {row.path: _matrix_sizes(row) for row in hidden}
+        self._modules: dict[int, set[str]] = {}
+        for row in rows:
+            for size in {*row.shape, *_matrix_sizes(row)}:
+                self._modules.setdefault(size, set()).add(_module(row.path))
+
+    def is_alone(self, row: RoutingRow, size: int) -> bool:
+        """Whether nothing else in the tree has this size."""
+        return self._has_others and self._modules.get(size) == {_module(row.path)}
+
+    def opposite(self, row: RoutingRow, end: int) -> str | None:
+        """The one other matrix with the size of this end of the row, 0 in and 1 out.
+
+        None where an embedding or a head is known, and side by side in one module,
+        where an up- and a down-projection are such a pair.
+        """
+        size = _matrix_sizes(row)[end]
+        pair = self._modules.get(size, set())
+        others = [
+            path for path in self._ends if _module(path) in pair - {_module(row.path)}
+        ]
+        if self._has_ends or len(pair) != 2 or len(others) != 1:
+            return None
+        (other,) = others
+        is_beside = _parent(other) == _parent(row.path) != ""
+        return None if is_beside or self._ends[other][1 - end] != size else other
+
+    def experts(self, row: RoutingRow, count: int) -> str | None:
+        """As many experts in the same block."""
+        block = _parent(row.path)
+        for path, number in self._experts:
+            if number == count and _without_numbers(path).startswith(f"{block}/"):
+                return path
+        return None
+
+
+def _notes(row: RoutingRow, tree: _Tree) -> Iterator[str]:
+    """What a reader should look at."""
     axes = row.axes
     for rule in row.overruled:
         yield f"your rule {rule} also matches, but comes later than {row.rule}."
@@ -220,6 +272,8 @@ def _notes(row: RoutingRow, tables: Mapping[tuple[int, ...], str]) -> Iterator[s
             f"axis {min(taken)} counts {row.shape[min(taken)]} layers, but the rule "
             f"{row.rule} takes it for one of a matrix; negative axes leave it alone."
         )
+    if row.role not in ROLES and (meant := get_close_matches(row.role, ROLES, 1)):
+        yield f"the role {row.role!r} is a word of your own; is {meant[0]!r} meant?"
     if row.role != "hidden":
         return
     if re.search(names.FUSED, row.path) and len(axes.fan_out) == 1 and not axes.splits:
@@ -227,11 +281,61 @@ def _notes(row: RoutingRow, tables: Mapping[tuple[int, ...], str]) -> Iterator[s
             "one matrix, though its name says that several are stored side by side; "
             "give it a rule with `splits`."
         )
-    if row.shape in tables:
+    elif row.shape in tree.tables:
         yield (
-            f"has an output for every entry of {tables[row.shape]}; if it is the "
+            f"has an output for every entry of {tree.tables[row.shape]}; if it is the "
             "output head, give it a rule with the role 'head'."
         )
+    elif len(row.shape) == 2 and axes.is_matrix and not axes.splits:
+        yield from _end_notes(row, tree)
+
+
+def _end_notes(row: RoutingRow, tree: _Tree) -> Iterator[str]:
+    """Signs that a matrix is not hidden, but where the model begins or ends."""
+    fan_in, fan_out = _matrix_sizes(row)
+    if experts := tree.experts(row, fan_out):
+        yield (
+            f"has an output for each of the {fan_out} experts of {experts}; if it is "
+            "their router, give it a rule with the role 'other'."
+        )
+        return
+    if tree.is_alone(row, fan_in):
+        yield (
+            f"nothing else has the size of its input, {fan_in}; if it is an embedding "
+            "or the first layer, give it a rule with the role 'embedding'."
+        )
+    if tree.is_alone(row, fan_out):
+        yield (
+            f"nothing else has the size of its output, {fan_out}; if it is the output "
+            "head, give it a rule with the role 'head'."
+        )
+    for end, size in enumerate((fan_in, fan_out)):
+        if other := tree.opposite(row, end):
+            yield (
+                f"only {other} has its size {size}, too; if they are an embedding and "
+                "the output head, give them rules with the roles 'embedding' and "
+                "'head'."
+            )
+
+
+def _matrix_sizes(row: RoutingRow) -> tuple[int, int]:
+    """fan_in and fan_out of the whole matrix."""
+    rows = math.prod(row.shape[axis] for axis in row.axes.fan_in)
+    return rows, math.prod(row.shape[axis] for axis in row.axes.fan_out)
+
+
+def _module(path: str) -> str:
+    """The layer that a parameter is the weight or bias of, or the parameter itself."""
+    return re.sub(r"/(kernel|weight|w|bias|b)$", "", path)
+
+
+def _parent(path: str) -> str:
+    """The block that a layer is in, whatever the numbers in its path."""
+    return _without_numbers(_module(path)).rpartition("/")[0]
+
+
+def _without_numbers(path: str) -> str:
+    return re.sub(r"\{[^}]*\}|\d+", "#", path)
 
 
 def _shorten(rule: str) -> str:

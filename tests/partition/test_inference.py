@@ -206,6 +206,58 @@ def test_stacks_that_differ_in_numbers_are_offered_together():
     }
 
 
+def test_every_stack_of_a_model_is_offered():
+    shapes = {"a_table": (1, 7, 5), "final/scale": (5,)}
+    for stack, layers in (("decoder", 4), ("encoder", 6)):
+        shapes |= {f"{stack}/up": (layers, 5, 9), f"{stack}/down": (layers, 9, 5)}
+    with pytest.raises(ValueError, match="no rule decides") as error:
+        ox.infer_roles(abstract(shapes))
+    message = str(error.value)
+    offered = re.findall(r"^  rules=(.*)$", message, re.MULTILINE)
+    assert offered == [
+        "(*ox.stacked('^decoder/'), *ox.DEFAULT_RULES)",
+        "(*ox.stacked('^encoder/'), *ox.DEFAULT_RULES)",
+        "(*ox.stacked('^decoder/'), *ox.stacked('^encoder/'), *ox.DEFAULT_RULES)",
+    ]
+    # The table, which is none, is offered as a table first.
+    table = suggested_rules(message)[0]
+    routed = routing(abstract(shapes), (table, *eval(offered[-1], {"ox": ox})))
+    assert routed["encoder/up"] == ("hidden", (1,), (2,))
+    assert routed["a_table"] == ("embedding", (1,), (2,))
+
+
+def test_matrices_without_default_rules_are_offered_every_role():
+    tree = abstract({"features/embedding": (30, 8), "last/kernel": (8, 30), "b": (3,)})
+    rule = Rule("^b$", MatrixAxes((), (0,)), "vector")
+    with pytest.raises(ValueError, match="no rule decides") as error:
+        ox.infer_roles(tree, (rule,))
+    offered = [(r.pattern, r.role) for r in suggested_rules(str(error.value))]
+    assert offered == [
+        *(
+            ("^features/embedding$", role)
+            for role in ("embedding", "hidden", "head", "vector", "vector")
+        ),
+        *(("^last/kernel$", role) for role in ("hidden", "head", "vector", "vector")),
+    ]
+
+
+@pytest.mark.parametrize("pattern", ["^deep/", "^deep", "deep/(up|down)$|none", ""])
+def test_an_axis_that_cannot_count_layers_is_refused(pattern: str):
+    tree = abstract({"deep/up": (4, 5, 9), "deep/down": (4, 9, 5)})
+    rules = (*ox.stacked(pattern, axis=0), *DEFAULT_RULES)
+    assert routing(tree, rules)["deep/up"] == ("hidden", (1,), (2,))
+    rules = (*ox.stacked(pattern, axis=1), *DEFAULT_RULES)
+    with pytest.raises(ValueError, match=r"9 entries in 'deep/down'.*but 5 in 'deep/"):
+        ox.infer_roles(tree, rules)
+
+
+def test_stacks_of_different_depth_may_share_a_pattern():
+    shapes = {f"segment_{i}/up": (layers, 5, 9) for i, layers in enumerate((4, 6))}
+    rules = (*ox.stacked("^segment"), *DEFAULT_RULES)
+    routed = routing(abstract(shapes), rules)
+    assert {*routed.values()} == {("hidden", (1,), (2,))}
+
+
 def test_a_stack_is_not_offered_where_the_first_axes_differ():
     shapes = {"layers/up": (4, 5, 6), "layers/down": (3, 6, 5)}
     with pytest.raises(ValueError, match="no rule decides") as error:

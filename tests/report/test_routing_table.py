@@ -81,7 +81,8 @@ LAYERS = {f"block_{i}": {"up": jnp.ones((4, 8)), "b": jnp.ones(8)} for i in rang
 def folded(tree, rules=ox.DEFAULT_RULES):
     """The paths of the printed table."""
     lines = str(ox.explain_routing(tree, rules)).splitlines()[2:]
-    return [line.split("  ")[0] for line in lines if "parameters" not in line]
+    total = next(i for i, line in enumerate(lines) if line.endswith(" parameters"))
+    return [line.split("  ")[0] for line in lines[:total]]
 
 
 def test_identical_layers_share_a_line():
@@ -166,6 +167,75 @@ def test_what_has_the_shape_of_an_output_head_is_pointed_out():
     assert str(ox.explain_routing(tree)).splitlines()[-1].startswith(note)
     tree = {"wte": jnp.ones((31, 8)), "lm_head": {"kernel": jnp.ones((8, 31))}}
     assert "for every entry" not in str(ox.explain_routing(tree))
+
+
+BLOCKS = {
+    f"block_{i}": {"up": jnp.ones((8, 32)), "down": jnp.ones((32, 8))} for i in range(2)
+}
+
+
+def notes(tree, rules=ox.DEFAULT_RULES):
+    """What stands under the totals."""
+    lines = str(ox.explain_routing(tree, rules)).splitlines()
+    total = next(i for i, line in enumerate(lines) if line.endswith(" parameters"))
+    return dict(line.split(": ", 1) for line in lines[total + 1 :])
+
+
+def test_hidden_layers_need_no_note():
+    assert notes(BLOCKS) == {}
+    ends = {"wte": jnp.ones((31, 8)), "lm_head": {"kernel": jnp.ones((8, 5))}}
+    assert notes(BLOCKS | ends) == {}
+    # What one bias proves, and a block by itself.
+    assert notes({"mlp": BLOCKS["block_0"]}) == {}
+
+
+def test_ends_of_the_model_under_unusual_names_are_pointed_out():
+    found = notes(BLOCKS | {"features": jnp.ones((31, 8))})
+    assert list(found) == ["features"]
+    assert found["features"].startswith("nothing else has the size of its input, 31;")
+    assert "'embedding'" in found["features"]
+    last = {"classify": {"kernel": jnp.ones((8, 5)), "bias": jnp.ones(5)}}
+    found = notes(BLOCKS | last)
+    assert list(found) == ["classify/kernel"]
+    assert "size of its output, 5;" in found["classify/kernel"]
+    assert "'head'" in found["classify/kernel"]
+
+
+def test_an_embedding_and_a_head_that_only_have_each_other_are_pointed_out():
+    pair = {"features": jnp.ones((31, 8)), "classify": {"kernel": jnp.ones((8, 31))}}
+    found = notes(BLOCKS | pair)
+    assert sorted(found) == ["classify/kernel", "features"]
+    assert found["features"].startswith("only classify/kernel has its size 31, too;")
+    # Where the ends are known, the two are something else.
+    wte = {"wte": jnp.ones((17, 8))}
+    assert notes(BLOCKS | pair | wte) == {}
+    # As an up- and a down-projection are, side by side.
+    assert notes(BLOCKS | {"mlp": pair}) == {}
+
+
+def test_a_router_under_an_unusual_name_is_pointed_out():
+    def moe():
+        up, down = jnp.ones((4, 8, 32)), jnp.ones((4, 32, 8))
+        pick = {"kernel": jnp.ones((8, 4))}
+        return {"moe": {"experts": {"up": up, "down": down}, "pick": pick}}
+
+    tree = {"wte": jnp.ones((31, 8)), "block_0": moe(), "block_1": moe()}
+    found = notes(tree)
+    assert list(found) == ["block_{0-1}/moe/pick/kernel"]
+    (note,) = found.values()
+    assert note.startswith("has an output for each of the 4 experts of block_0/moe/")
+    rule = ox.Rule("pick/kernel$", ox.MatrixAxes((0,), (1,)), "other")
+    assert notes(tree, (rule, *ox.DEFAULT_RULES)) == {}
+
+
+def test_a_misspelt_role_is_pointed_out():
+    axes = ox.MatrixAxes((0,), (1,))
+    tree = {"features": jnp.ones((31, 8))}
+    found = notes(tree, (ox.Rule("features", axes, "embeding"),))
+    assert found == {
+        "features": "the role 'embeding' is a word of your own; is 'embedding' meant?"
+    }
+    assert notes(tree, (ox.Rule("features", axes, "sparse"),)) == {}
 
 
 def test_many_equal_splits_are_counted():
