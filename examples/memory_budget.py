@@ -14,11 +14,12 @@ your own, give its parameters to `candidates`.
 The best fit is that which gives up least. Optimizers come first, in the order in which
 they did in the main job (README, "In fewer bits" and "Muon and its relatives"), then
 those with little state: muon, adamw, lion, adafactor, sgd with momentum. How things are
-kept comes second, the most exact first, from float32 to bfloat16 with 8 bits beside and
-state in 8 bits: in the main job this changes the loss by less than another seed does, a
-change of optimizer by more. What saves less than a hundredth over a more exact way is
-left out, and so is float32 masters beside bfloat16 weights, two bytes more than float32
-alone, whose use is speed. Fine-tuning by LoRA, another job, stands last.
+kept comes second, the most exact first, from float32 to weights in 24 bits (bfloat16
+and 8 bits beside) with state in 8 bits: in the main job this changes the loss by less
+than another seed does, a change of optimizer by more. What saves less than a hundredth
+over a more exact way is left out, and so is float32 masters beside bfloat16 weights,
+two bytes more than float32 alone, whose use is speed. Fine-tuning by LoRA, another job,
+stands last.
 
 What is left on a device is for activations and the compiler; `--reserve` sets some of
 it aside. Parameters are cut along `fsdp` and `tensor` as
@@ -47,13 +48,13 @@ from optaxplus.report.tables import format_bytes, print_table
 OPTIMIZERS = ("muon", "adamw", "lion", "adafactor", "sgd(momentum=0.9)")
 STORAGE: Mapping[str, Mapping[str, Any]] = {
     "float32": {},
-    "bfloat16 and 8 bits, float32 gradients": {
+    "24-bit weights, float32 gradients": {
         "weights": "bfloat16",
         "grads": "float32",
         "master": "24bit",
     },
-    "bfloat16 and 8 bits": {"weights": "bfloat16", "master": "24bit"},
-    "bfloat16 and 8 bits, 8-bit state": {
+    "24-bit weights": {"weights": "bfloat16", "master": "24bit"},
+    "24-bit weights, 8-bit state": {
         "weights": "bfloat16",
         "master": "24bit",
         "state": "8bit",
@@ -168,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"{options.model}, {choices[0].report.num_params:,} parameters, on {sizes}: "
         f"{len(fitting)} of {len(choices)} fit into {format_bytes(budget)} a device"
+        f"{', the one that gives up least first' if fitting else ''}"
     )
     if not fitting:
         least = min(choices, key=lambda choice: choice.on_device)

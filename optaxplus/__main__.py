@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         reports = [recipe.report(options.model, options.mesh) for recipe in recipes]
     except (TypeError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(str(error).removeprefix("Recipe: "))
     said = {"model": options.model, "mesh": options.mesh}
     if options.json:
         found = [

@@ -6,9 +6,10 @@ are checked by value: a JAX array is left alone, because `optax.inject_hyperpara
 calls the factories with traced values. Schedules (callables) pass too.
 """
 
+import difflib
 import math
 import numbers
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ __all__ = [
     "check_static_margin",
     "check_transformation",
     "check_weight_decay",
+    "did_you_mean",
 ]
 
 
@@ -234,7 +236,15 @@ def check_choice(
     """Refuses a mode that is not among the known ones, and lists those."""
     if not isinstance(value, str | None) or value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
-        _refuse(ValueError, function, argument, value, f"it must be one of {known}")
+        allowed = f"it must be one of {known}{did_you_mean(value, choices)}"
+        _refuse(ValueError, function, argument, value, allowed)
+
+
+def did_you_mean(value: Any, choices: Iterable[str | None]) -> str:
+    """The choice that looks most like the value, as the end of a message; or ""."""
+    words = [choice for choice in choices if choice is not None]
+    close = difflib.get_close_matches(value, words, 1) if isinstance(value, str) else ()
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def check_floating_dtype(function: str, **values: Any) -> None:

@@ -35,7 +35,8 @@ def test_what_fits_is_listed_best_first(example, capsys):
     # 12 and 4 bytes for each of 6.7e9 parameters on four devices; 16 do not fit.
     assert rows[0].startswith("muon ") and "float32" in rows[0]
     first_adamw = next(row for row in rows if row.startswith("adamw"))
-    assert "bfloat16 and 8 bits" in first_adamw
+    assert "24-bit weights" in first_adamw
+    assert heading.endswith(", the one that gives up least first")
 
 
 def test_order(example):

@@ -201,8 +201,10 @@ def test_choices():
     choices = {"one": 1, "two": 2}
     validation.check_choice("f", "mode", "two", choices)
     for value in ("three", "One", "", None, 1, ["one"]):
-        with pytest.raises(ValueError, match=r"f: mode=.* one of 'one', 'two'\."):
+        with pytest.raises(ValueError, match=r"f: mode=.* one of 'one', 'two'[. ]"):
             validation.check_choice("f", "mode", value, choices)
+    with pytest.raises(ValueError, match=r"'two' \(did you mean 'one'\?\)\.$"):
+        validation.check_choice("f", "mode", "one ", choices)
 
 
 @pytest.mark.parametrize(

@@ -244,9 +244,9 @@ def _read_call(
     arguments = {}
     for keyword in keywords:
         if keyword.arg not in known:
-            raise _refusal(
-                text, f"arguments of {function.id} are {', '.join(map(repr, known))}"
-            )
+            meant = validation.did_you_mean(keyword.arg, known)
+            allowed = f"arguments of {function.id} are {', '.join(map(repr, known))}"
+            raise _refusal(text, allowed + meant)
         if keyword.arg in arguments:
             raise _refusal(text, f"{keyword.arg} must be given once")
         try:

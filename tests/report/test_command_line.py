@@ -179,3 +179,11 @@ def test_it_runs_as_a_module():
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     ).stdout
     assert json.loads(out)["total"] == 8 * 86_567_656
+
+
+def test_errors_speak_of_the_command_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["memory", "--model", "gpt2-small", "--optimizer", "moun"])
+    error = capsys.readouterr().err
+    assert "error: optimizer='moun' is not allowed" in error
+    assert "did you mean 'muon'?" in error

@@ -140,6 +140,8 @@ def test_factors_beside_bare_arrays():
         ({"optimizer": "sgd(0.1)"}, "it must be a name, or a name with keyword"),
         ({"optimizer": "sgd\0"}, "it must be a name, or a name with keyword"),
         ({"optimizer": "sgd(speed=1)"}, "arguments of sgd are 'learning_rate', "),
+        ({"optimizer": "moun"}, r"did you mean 'muon'\?"),
+        ({"optimizer": "muon(learn_rate=1)"}, r"did you mean 'learning_rate'\?"),
         (
             {"optimizer": "sgd(momentum=0.9, momentum=0.0)"},
             "momentum must be given once",
